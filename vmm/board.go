@@ -1,0 +1,370 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/guest"
+	"github.com/calfvm/calf/guest/boot"
+	"github.com/calfvm/calf/virtio/pci"
+	"github.com/calfvm/calf/vmm/internal/acpi"
+	"github.com/calfvm/calf/vmm/internal/kvm"
+)
+
+// board is the machine of one boot, from power-on to its end. A reboot is a
+// new board: nothing of an old guest can reach the next one but through the
+// disks.
+type board struct {
+	m      *Machine
+	vm     *kvm.VM
+	mem    *guest.Memory
+	irqs   *interrupts
+	pio    pioBus
+	mmio   mmioBus
+	pci    *pciBus
+	pm     *powerManager
+	serial *serial
+	vcpus  []*vcpu
+
+	// coalescedMu serialises readers of the ring of coalesced writes.
+	coalescedMu sync.Mutex
+
+	once    sync.Once // of the end
+	outcome Outcome   // written once, before ended is closed
+	err     error     // likewise
+	ended   chan struct{}
+
+	bootOnce sync.Once
+	booted   chan struct{} // closed when the guest starts its first process
+
+	// closers undo, last first, what newBoard did.
+	closers []func() error
+}
+
+// newBoard builds the machine of cfg up to, but not including, its first
+// instruction. On an error nothing is left of it.
+func newBoard(m *Machine) (*board, error) {
+	b := &board{m: m, ended: make(chan struct{}), booted: make(chan struct{})}
+	for _, step := range []func() error{b.createVM, b.createMemory, b.createDevices, b.createDisks, b.load} {
+		if err := step(); err != nil {
+			return nil, errors.Join(err, b.close())
+		}
+	}
+	return b, nil
+}
+
+func (b *board) onClose(f func() error) { b.closers = append(b.closers, f) }
+
+// close stops the vCPUs and frees everything. It may be called again.
+func (b *board) close() error {
+	b.stopVCPUs()
+	b.m.in.attach(nil)
+	var errs []error
+	for len(b.closers) > 0 {
+		last := len(b.closers) - 1
+		f := b.closers[last]
+		b.closers = b.closers[:last]
+		errs = append(errs, f())
+	}
+	return errors.Join(errs...)
+}
+
+// createVM makes the VM and all that the kernel provides of it.
+func (b *board) createVM() error {
+	vm, err := b.m.sys.CreateVM()
+	if err != nil {
+		return err
+	}
+	b.vm = vm
+	b.onClose(vm.Close)
+	if err := vm.SetIdentityMapAddr(identityMapAddr); err != nil {
+		return err
+	}
+	if err := vm.SetTSSAddr(tssAddr); err != nil {
+		return err
+	}
+	if err := vm.CreateIRQChip(); err != nil {
+		return err
+	}
+	if err := vm.CreatePIT2(); err != nil {
+		return err
+	}
+	b.irqs, err = newInterrupts(vm)
+	return err
+}
+
+// createMemory maps the guest's RAM and puts it into the VM.
+func (b *board) createMemory() error {
+	ram, unmap, err := mapRAM(b.m.cfg.Memory)
+	if err != nil {
+		return fmt.Errorf("%w: %d MiB of memory cannot be mapped on this host (%w); ask for less", ErrConfig, b.m.cfg.Memory>>20, err)
+	}
+	b.onClose(unmap)
+	low := min(uint64(len(ram)), uint64(lowRAMMax))
+	regions := []guest.Region{{Base: 0, Bytes: ram[:low:low]}}
+	if low < uint64(len(ram)) {
+		regions = append(regions, guest.Region{Base: highRAM, Bytes: ram[low:]})
+	}
+	if b.mem, err = guest.NewMemory(regions...); err != nil {
+		return err
+	}
+	for i, r := range regions {
+		if err := b.vm.SetUserMemoryRegion(uint32(i), uint64(r.Base), r.Bytes); err != nil {
+			return fmt.Errorf("%w: KVM does not take %d MiB of memory at %v: %w", ErrConfig, len(r.Bytes)>>20, r.Base, err)
+		}
+	}
+	return nil
+}
+
+// createDevices makes everything but the disks.
+func (b *board) createDevices() error {
+	com1, err := newLine(b.vm, gsiCOM1)
+	if err != nil {
+		return err
+	}
+	b.onClose(com1.close)
+	b.serial = &serial{in: &b.m.in, out: b.m.out, interrupt: com1.trigger, opened: b.markBooted}
+	b.pm = &powerManager{vm: b.vm, end: b.end}
+	b.pci = newPCIBus()
+	reset := &resetControl{mem: b.mem, end: b.end}
+	// The reset register lies within the address register of the PCI bus: the
+	// range added first answers.
+	b.pio.add(portReset, 1, reset)
+	b.pio.add(portI8042Data, 1, reset)
+	b.pio.add(portI8042Command, 1, reset)
+	b.pio.add(portCOM1, 8, b.serial)
+	b.pio.add(portPVPanic, 1, pvpanic{end: b.end})
+	b.pio.add(portPM1Event, portPM1Control+2-portPM1Event, b.pm)
+	b.pio.add(portPCIAddress, 8, b.pci)
+	b.mmio.mapRange(ecamBase, ecamSize, b.pci)
+	if b.m.sys.Extension(kvm.CapCoalescedPIO) == 0 {
+		return nil // Each byte the guest writes then exits.
+	}
+	return b.vm.CoalescePIO(portCOM1)
+}
+
+// createDisks puts a virtio block device for each disk on the PCI bus.
+func (b *board) createDisks() error {
+	for i, d := range b.m.cfg.Disks {
+		if err := b.createDisk(d); err != nil {
+			return fmt.Errorf("disk %d (%s): %w", i, d.Name, err)
+		}
+	}
+	return nil
+}
+
+func (b *board) createDisk(d Disk) error {
+	dev, err := blk.New(blk.Config{
+		Name:      d.Name,
+		Disk:      d.Disk,
+		Queues:    d.Queues,
+		QueueSize: uint16(d.QueueSize),
+		Serial:    d.Serial,
+		Logger:    b.m.log,
+	})
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrConfig, err)
+	}
+	fn, err := pci.New(pciHost{b}, b.mem, dev, pci.Options{Logger: b.m.log})
+	if err != nil {
+		return err
+	}
+	b.onClose(fn.Close)
+	base, err := b.pci.allocateBAR(pci.BARSize)
+	if err != nil {
+		return err
+	}
+	if err := fn.AssignBAR(0, base); err != nil {
+		return err
+	}
+	return b.pci.plug(fn)
+}
+
+// load puts the kernel and the ACPI tables into memory and makes the vCPUs.
+func (b *board) load() error {
+	tables := acpi.Build(uint64(boot.ACPITables), acpi.Config{
+		CPUs:          b.m.cfg.CPUs,
+		LocalAPIC:     uint32(lapicAddr),
+		IOAPIC:        uint32(ioapicAddr),
+		ECAM:          uint32(ecamBase),
+		PCIWindow:     uint32(pciWindow),
+		PCIWindowSize: pciWinSize,
+		SCI:           gsiSCI,
+		PM1Event:      portPM1Event,
+		PM1Control:    portPM1Control,
+		SleepTypeS5:   sleepTypeS5,
+		ResetPort:     portReset,
+		ResetValue:    resetValue,
+		Serial:        portCOM1,
+		SerialIRQ:     gsiCOM1,
+		PVPanic:       portPVPanic,
+	})
+	if room := int(boot.HighRAM - boot.ACPITables); len(tables) > room {
+		return fmt.Errorf("BUG: %d bytes of ACPI tables, there is room for %d", len(tables), room)
+	}
+	if err := b.mem.Write(boot.ACPITables, tables); err != nil {
+		return fmt.Errorf("%w: %d KiB of memory do not hold a PC; ask for more", ErrConfig, b.m.cfg.Memory>>10)
+	}
+	entry, err := b.loadKernel()
+	if err != nil {
+		return fmt.Errorf("%w: kernel %q: %w", ErrConfig, b.m.cfg.Kernel, err)
+	}
+	b.m.phase("loaded the kernel")
+	return b.createVCPUs(entry)
+}
+
+// ownCmdline is what the machine needs the kernel to know: where the console
+// is, and that a panic ends in a warm reset at once (resetControl tells it from
+// a reboot by that).
+const ownCmdline = "console=ttyS0 panic=-1 reboot=panic_warm"
+
+func (b *board) loadKernel() (boot.Entry, error) {
+	cfg := boot.Config{
+		Cmdline:  ownCmdline,
+		RSDP:     boot.ACPITables,
+		Reserved: []boot.Range{{Base: ecamBase, Size: ecamSize}},
+	}
+	if b.m.cfg.Cmdline != "" {
+		cfg.Cmdline += " " + b.m.cfg.Cmdline
+	}
+	var err error
+	if cfg.Kernel, err = bootFile(b.m.kernel); err != nil {
+		return boot.Entry{}, err
+	}
+	if b.m.initrd != nil {
+		initrd, err := bootFile(b.m.initrd)
+		if err != nil {
+			return boot.Entry{}, err
+		}
+		cfg.Initrd = &initrd
+	}
+	return boot.Load(b.mem, cfg)
+}
+
+func (b *board) createVCPUs(entry boot.Entry) error {
+	tscDeadline := b.m.sys.Extension(kvm.CapTSCDeadlineTimer) != 0
+	for id := range b.m.cfg.CPUs {
+		k, err := b.vm.CreateVCPU(id)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrConfig, err)
+		}
+		b.onClose(k.Close)
+		c := &vcpu{id: id, kvm: k, board: b, done: make(chan struct{})}
+		if err := c.setUp(cpuidFor(b.m.cpuid, id, b.m.cfg.CPUs, tscDeadline), entry); err != nil {
+			return fmt.Errorf("vCPU %d: %w", id, err)
+		}
+		b.vcpus = append(b.vcpus, c)
+	}
+	return nil
+}
+
+// end ends the board: the first call decides how. It waits for nothing, so a
+// vCPU may call it.
+func (b *board) end(o Outcome) { b.finish(o, nil) }
+
+func (b *board) fail(err error) { b.finish(Unknown, err) }
+
+func (b *board) finish(o Outcome, err error) {
+	b.once.Do(func() {
+		b.outcome, b.err = o, err
+		close(b.ended)
+	})
+}
+
+func (b *board) markBooted() { b.bootOnce.Do(func() { close(b.booted) }) }
+
+// coalescedDelay bounds how long a byte may lie in the ring while no vCPU
+// exits.
+const coalescedDelay = 100 * time.Millisecond
+
+// run starts the vCPUs and waits for the end, which stops them.
+func (b *board) run(ctx context.Context) (Outcome, error) {
+	b.m.in.attach(b.serial.arrived)
+	if b.m.in.ready() {
+		b.serial.arrived()
+	}
+	var bootTimeout <-chan time.Time
+	if b.m.cfg.BootTimeout > 0 {
+		timer := time.NewTimer(b.m.cfg.BootTimeout)
+		defer timer.Stop()
+		bootTimeout = timer.C
+	}
+	ticker := time.NewTicker(coalescedDelay)
+	defer ticker.Stop()
+	b.m.phase("starting the vCPUs")
+	for _, c := range b.vcpus {
+		c.started.Store(true)
+		go c.loop()
+	}
+	defer b.stopVCPUs()
+	booted := b.booted
+	for {
+		select {
+		case <-b.ended:
+			return b.outcome, b.err
+		case <-ctx.Done():
+			b.finish(Canceled, context.Cause(ctx))
+		case <-bootTimeout:
+			b.end(BootTimeout)
+		case <-booted:
+			b.m.phase("guest started its first process")
+			booted, bootTimeout = nil, nil
+		case <-ticker.C:
+			b.drainCoalesced(b.vcpus[0].kvm)
+		}
+	}
+}
+
+// stopVCPUs ends the loops and waits for them. What the guest wrote last is
+// then passed on.
+func (b *board) stopVCPUs() {
+	if len(b.vcpus) == 0 {
+		return
+	}
+	b.m.out.waive(true)
+	for _, c := range b.vcpus {
+		c.stop()
+	}
+	for _, c := range b.vcpus {
+		if c.started.Load() {
+			<-c.done
+		}
+	}
+	b.drainCoalesced(b.vcpus[0].kvm)
+	b.m.out.waive(false)
+	b.vcpus = nil
+}
+
+// drainCoalesced serves the port writes that the kernel collected, which came
+// before whatever a vCPU exited for.
+func (b *board) drainCoalesced(c *kvm.VCPU) {
+	b.coalescedMu.Lock()
+	defer b.coalescedMu.Unlock()
+	c.Coalesced(b.pio.write)
+}
+
+// pciHost is the board as a PCI function sees it.
+type pciHost struct{ b *board }
+
+var _ pci.Host = pciHost{}
+
+func (h pciHost) MapMMIO(base guest.GPA, size uint64, m pci.MMIO) error {
+	h.b.mmio.mapRange(base, size, m)
+	return nil
+}
+
+func (h pciHost) UnmapMMIO(base guest.GPA, m pci.MMIO) { h.b.mmio.unmap(base, m) }
+
+func (h pciHost) BindDoorbell(addr guest.GPA, eventfd int) error {
+	return h.b.vm.AssignIOEventFD(uint64(addr), eventfd)
+}
+
+func (h pciHost) UnbindDoorbell(addr guest.GPA, eventfd int) error {
+	return h.b.vm.DeassignIOEventFD(uint64(addr), eventfd)
+}
+
+func (h pciHost) NewInterrupt() (pci.Interrupt, error) { return h.b.irqs.newMSI() }

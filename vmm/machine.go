@@ -1,0 +1,235 @@
+package vmm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"runtime"
+	"sync"
+	"time"
+
+	"github.com/calfvm/calf/guest/boot"
+	"github.com/calfvm/calf/virtio"
+	"github.com/calfvm/calf/vmm/internal/kvm"
+)
+
+const (
+	defaultMemory    = 512 << 20
+	defaultQueueSize = 256
+	pageSize         = 4096
+)
+
+// Machine is a virtual machine. Run and Close are called once, by one
+// goroutine; PowerButton may be called from any.
+type Machine struct {
+	cfg    Config
+	log    *slog.Logger
+	start  time.Time // of New, from which the phases are measured
+	sys    *kvm.System
+	cpuid  []kvm.CPUIDEntry // what KVM supports
+	kernel *os.File
+	initrd *os.File // nil: none
+	out    *consoleOutput
+	in     consoleInput
+
+	mu    sync.Mutex // guards board against PowerButton
+	board *board     // of the guest that runs, or is to run next
+}
+
+// New builds a machine. What it cannot be built for is an error that names the
+// thing and the mend; nothing of the disks has been read or written then.
+//
+// New raises GOMAXPROCS to the number of vCPUs and queues and a few more, so
+// that a vCPU in the guest never keeps a queue's worker from running.
+func New(cfg Config) (*Machine, error) {
+	m := &Machine{cfg: cfg, log: cfg.Logger, start: time.Now()}
+	if m.log == nil {
+		m.log = slog.New(slog.DiscardHandler)
+	}
+	if err := m.setUp(); err != nil {
+		return nil, errors.Join(err, m.Close())
+	}
+	return m, nil
+}
+
+func (m *Machine) setUp() error {
+	if err := m.applyDefaults(); err != nil {
+		return err
+	}
+	var err error
+	if m.kernel, err = openFile("kernel", m.cfg.Kernel); err != nil {
+		return err
+	}
+	if m.cfg.Initrd != "" {
+		if m.initrd, err = openFile("initrd", m.cfg.Initrd); err != nil {
+			return err
+		}
+	}
+	if m.sys, err = openKVM(m.cfg.AllowEmulation); err != nil {
+		return err
+	}
+	m.phase("opened KVM")
+	if m.cpuid, err = m.sys.SupportedCPUID(); err != nil {
+		return err
+	}
+	if err := m.checkLimits(); err != nil {
+		return err
+	}
+	workers := m.cfg.CPUs + 2
+	for _, d := range m.cfg.Disks {
+		workers += d.Queues
+	}
+	if workers > runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(workers)
+	}
+	m.out = newConsoleOutput(m.cfg.Console.Out)
+	m.board, err = newBoard(m)
+	return err
+}
+
+func (m *Machine) applyDefaults() error {
+	c := &m.cfg
+	if c.CPUs == 0 {
+		c.CPUs = 1
+	}
+	if c.Memory == 0 {
+		c.Memory = defaultMemory
+	}
+	disks := make([]Disk, len(c.Disks))
+	for i, d := range c.Disks {
+		if d.QueueSize < 0 || d.QueueSize > virtio.MaxQueueSize {
+			return fmt.Errorf("%w: disk %d (%s): a queue size of %d; ask for at most %d", ErrConfig, i, d.Name, d.QueueSize, virtio.MaxQueueSize)
+		}
+		if d.Queues == 0 {
+			d.Queues = c.CPUs
+		}
+		if d.QueueSize == 0 {
+			d.QueueSize = defaultQueueSize
+		}
+		disks[i] = d
+	}
+	c.Disks = disks
+	switch {
+	case c.CPUs < 0:
+		return fmt.Errorf("%w: %d vCPUs; ask for at least one", ErrConfig, c.CPUs)
+	case c.Memory%pageSize != 0:
+		return fmt.Errorf("%w: %d bytes of memory are not a multiple of %d", ErrConfig, c.Memory, pageSize)
+	case c.Kernel == "":
+		return fmt.Errorf("%w: no kernel is given; set [boot] kernel in the file, or --kernel", ErrConfig)
+	}
+	return nil
+}
+
+// checkLimits holds the configuration against what this KVM allows.
+func (m *Machine) checkLimits() error {
+	limit := min(m.sys.Extension(kvm.CapMaxVCPUs), maxCPUs)
+	if m.cfg.CPUs > limit {
+		return fmt.Errorf("%w: %d vCPUs; KVM on this host allows %d", ErrConfig, m.cfg.CPUs, limit)
+	}
+	bits := physicalBits(m.cpuid)
+	if last := uint64(highRAM) + m.cfg.Memory; last < m.cfg.Memory || bits < 64 && last > 1<<bits {
+		return fmt.Errorf("%w: %d MiB of memory; a guest on this processor has addresses of %d bits, which reach %d MiB",
+			ErrConfig, m.cfg.Memory>>20, bits, (uint64(1)<<bits-uint64(highRAM))>>20)
+	}
+	return nil
+}
+
+// openFile opens a regular file that is to be loaded.
+func openFile(what, path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		var pe *fs.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return nil, fmt.Errorf("%w: %s %q: %w", ErrConfig, what, path, err)
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = errors.New("not a regular file")
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%w: %s %q: %w", ErrConfig, what, path, err), f.Close())
+	}
+	return f, nil
+}
+
+func bootFile(f *os.File) (boot.File, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return boot.File{}, err
+	}
+	return boot.File{ReaderAt: f, Size: info.Size()}, nil
+}
+
+// phase logs how far the way to the first instruction has been gone.
+func (m *Machine) phase(what string) {
+	m.log.Debug(what, "since_start", time.Since(m.start).Round(time.Microsecond))
+}
+
+// Run runs the guest until it ends, and says how. An end of ctx ends the guest
+// as a power cut would; the outcome is then Canceled and the error the cause of
+// ctx. Any other error is the host's.
+func (m *Machine) Run(ctx context.Context) (Outcome, error) {
+	m.in.start(m.cfg.Console.In)
+	for {
+		outcome, err := m.board.run(ctx)
+		m.log.Debug("guest ended", "outcome", outcome)
+		err = errors.Join(err, m.board.close())
+		if outcome != Reboot || m.cfg.NoReboot || err != nil {
+			return outcome, err
+		}
+		m.start = time.Now()
+		next, err := newBoard(m)
+		m.mu.Lock()
+		m.board = next
+		m.mu.Unlock()
+		if err != nil {
+			return Unknown, fmt.Errorf("restart the guest: %w", err)
+		}
+	}
+}
+
+// PowerButton asks the guest to power off, as the button of a PC would. A
+// guest that does not listen goes on.
+func (m *Machine) PowerButton() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.board == nil {
+		return nil
+	}
+	return m.board.pm.pressButton()
+}
+
+// Close frees the machine, which must not be running, and waits until the
+// console has taken what the guest wrote.
+func (m *Machine) Close() error {
+	var errs []error
+	m.mu.Lock()
+	if m.board != nil {
+		errs = append(errs, m.board.close())
+		m.board = nil
+	}
+	m.mu.Unlock()
+	m.in.close()
+	if m.out != nil {
+		if err := m.out.close(); err != nil {
+			errs = append(errs, fmt.Errorf("console: %w", err))
+		}
+		m.out = nil
+	}
+	if m.sys != nil {
+		errs = append(errs, m.sys.Close())
+		m.sys = nil
+	}
+	for _, f := range []**os.File{&m.kernel, &m.initrd} {
+		if *f != nil {
+			errs = append(errs, (*f).Close())
+			*f = nil
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,121 @@
+// Package vmm is calf's virtual machine: an x86-64 PC of memory, vCPUs,
+// interrupt controllers, ACPI tables, a serial port and a PCI bus, run by KVM.
+// It wires virtio devices to the kernel's ioeventfds and irqfds, and alone
+// touches /dev/kvm.
+//
+// # Life
+//
+// New checks everything that can be wrong before a guest runs and builds the
+// machine; Run runs it until it ends; Close frees it. A guest that reboots gets
+// a new machine over the same disks.
+//
+// # Threads
+//
+// Each vCPU is a goroutine locked to its thread. It serves its own exits: port
+// and memory accesses are answered on the goroutine of the vCPU that made
+// them. Queue notifications do not exit: each queue has an ioeventfd on which
+// its worker, a plain goroutine of the device, waits. Interrupts are irqfds,
+// raised by a write from any goroutine. Console output goes through a buffer to
+// a goroutine that writes it, console input comes from one that reads it.
+package vmm
+
+import (
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/calfvm/calf/blk"
+)
+
+// Config describes a machine.
+type Config struct {
+	// CPUs is the number of vCPUs; 0 means 1.
+	CPUs int
+	// Memory is the guest's RAM in bytes, a multiple of 4096; 0 means 512 MiB.
+	// Host memory is taken as the guest touches it.
+	Memory uint64
+	// Kernel is the path of a bzImage, or of an ELF vmlinux with a PVH entry.
+	Kernel string
+	// Initrd is the path of an initial RAM disk, or empty.
+	Initrd string
+	// Cmdline is appended to the machine's own kernel command line.
+	Cmdline string
+	// Disks are the block devices in the order of their PCI slots: vda, vdb, …
+	// They belong to the caller, who closes them after Close.
+	Disks []Disk
+	// Console is the far end of the guest's serial port.
+	Console Console
+	// NoReboot ends the run where the guest would be restarted.
+	NoReboot bool
+	// BootTimeout bounds the time from Run until the guest's kernel starts its
+	// first process; 0: no bound. A reboot starts it anew.
+	BootTimeout time.Duration
+	// AllowEmulation accepts a KVM that has no hardware virtualization behind
+	// it and emulates each instruction: enough for tiny guests, useless for
+	// Linux.
+	AllowEmulation bool
+	// Logger gets what the machine does; nil: nothing does.
+	Logger *slog.Logger
+}
+
+// Disk is a block device of a machine.
+type Disk struct {
+	// Name is what messages call the disk.
+	Name string
+	Disk blk.Disk
+	// Queues is the number of virtqueues; 0: one per vCPU.
+	Queues int
+	// QueueSize is the number of descriptors of each; 0: 256.
+	QueueSize int
+	// Serial is the serial number that the guest sees, at most 20 bytes.
+	Serial string
+}
+
+// Outcome is how a run ended.
+type Outcome int
+
+// Outcomes of Run.
+const (
+	// Unknown: the run ended with an error.
+	Unknown Outcome = iota
+	// PowerOff: the guest powered itself off.
+	PowerOff
+	// Reboot: the guest restarted itself, and Config.NoReboot is set.
+	Reboot
+	// Panic: the guest's kernel panicked.
+	Panic
+	// TripleFault: the guest's processor gave up.
+	TripleFault
+	// BootTimeout: the guest's kernel started no process in time.
+	BootTimeout
+	// Canceled: the context of Run ended.
+	Canceled
+)
+
+func (o Outcome) String() string {
+	switch o {
+	case PowerOff:
+		return "poweroff"
+	case Reboot:
+		return "reboot"
+	case Panic:
+		return "panic"
+	case TripleFault:
+		return "triple-fault"
+	case BootTimeout:
+		return "boot-timeout"
+	case Canceled:
+		return "canceled"
+	}
+	return "unknown"
+}
+
+// Errors of New. Each is wrapped in a sentence that says what to do.
+var (
+	// ErrNoKVM: /dev/kvm is missing, may not be opened, or lacks what calf needs.
+	ErrNoKVM = errors.New("KVM is not available")
+	// ErrEmulated: KVM works without hardware virtualization.
+	ErrEmulated = errors.New("KVM has no hardware virtualization")
+	// ErrConfig: the configuration asks for what this host or calf cannot give.
+	ErrConfig = errors.New("the machine cannot be built")
+)
