@@ -24,9 +24,9 @@ type Function interface {
 type Host interface {
 	// MapMMIO makes guest accesses to [base, base+size) reach m.
 	MapMMIO(base guest.GPA, size uint64, m MMIO) error
-	// UnmapMMIO ends what MapMMIO began with the same base. An access already
-	// under way may still finish after it returns.
-	UnmapMMIO(base guest.GPA)
+	// UnmapMMIO ends what MapMMIO began with the same base and m. An access
+	// already under way may still finish after it returns.
+	UnmapMMIO(base guest.GPA, m MMIO)
 	// BindDoorbell makes a guest write of any width to addr signal the eventfd
 	// without leaving the kernel (K2, K3). While none is bound, or where the
 	// host cannot, the write reaches the MMIO range around it instead.

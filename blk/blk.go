@@ -1,0 +1,214 @@
+// Package blk is the virtio block device of VIRTIO 1.2, section 5.2: its
+// configuration space, its requests, and a worker per queue that serves them
+// from a Disk. Raw is the Disk for plain files and block devices.
+//
+// A request's data moves straight between the Disk and guest memory. Serving a
+// request allocates nothing.
+package blk
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/bits"
+	"sync"
+
+	"github.com/calfvm/calf/virtio"
+)
+
+const (
+	// SectorSize is the unit of the protocol's offsets and of the capacity,
+	// in bytes, whatever the block size is.
+	SectorSize = 512
+
+	// MaxSerial is the length of the longest serial number, in bytes.
+	MaxSerial = 20
+
+	deviceID = 2
+
+	maxQueues        = 64
+	minQueueSize     = 4 // leaves room for data beside header and status
+	defaultQueueSize = 256
+)
+
+// Feature bits of a block device, as bit numbers (section 5.2.3).
+const (
+	featureSegMax  = 2  // VIRTIO_BLK_F_SEG_MAX
+	featureRO      = 5  // VIRTIO_BLK_F_RO
+	featureBlkSize = 6  // VIRTIO_BLK_F_BLK_SIZE
+	featureFlush   = 9  // VIRTIO_BLK_F_FLUSH
+	featureMQ      = 12 // VIRTIO_BLK_F_MQ
+)
+
+// Config is what a Device is made of. Only Disk is required.
+type Config struct {
+	Disk Disk
+	// Queues is the number of request queues, 1 to 64. 0 means 1.
+	Queues int
+	// QueueSize is the most descriptors of a queue: a power of 2 from 4 to
+	// 32768. 0 means 256.
+	QueueSize uint16
+	// BlockSize is the logical block size in bytes that the guest sees: a
+	// power of 2 from 512 to 64 KiB that divides the size of the disk.
+	// 0 means 512.
+	BlockSize uint32
+	// Serial is what the guest reads as the serial number, at most MaxSerial
+	// bytes.
+	Serial string
+	// Name is how log lines call the disk.
+	Name string
+	// Logger receives the disk's errors, at most a line in a few seconds. Nil
+	// means none.
+	Logger *slog.Logger
+}
+
+// ErrConfig is what every error of New wraps.
+var ErrConfig = errors.New("blk: impossible configuration")
+
+// Device is a virtio block device. It is a virtio.Device; a transport drives
+// it. Stats is safe for concurrent use with all else.
+type Device struct {
+	cfg      Config
+	features uint64
+	capacity uint64 // sectors
+	space    [configSize]byte
+	serial   [MaxSerial]byte
+	log      *slog.Logger
+	limit    virtio.LogLimit
+
+	negotiated uint64 // features; written by Start, before any worker exists
+
+	queues []queue // the slice itself is constant
+}
+
+// queue is one request queue of a Device, over all its starts.
+type queue struct {
+	counters counters
+
+	mu     sync.Mutex
+	worker *worker           // guarded by mu; nil while the queue is stopped
+	past   virtio.QueueStats // guarded by mu; of workers that have ended
+}
+
+var _ virtio.Device = (*Device)(nil)
+
+// New returns a device that serves cfg.Disk. The disk stays the caller's, who
+// closes it when the device's transport is closed.
+func New(cfg Config) (*Device, error) {
+	if err := cfg.fillIn(); err != nil {
+		return nil, err
+	}
+	d := &Device{
+		cfg:      cfg,
+		capacity: uint64(cfg.Disk.Size()) / SectorSize,
+		log:      cfg.Logger,
+		queues:   make([]queue, cfg.Queues),
+		features: 1<<featureSegMax | 1<<featureBlkSize | 1<<featureFlush,
+	}
+	copy(d.serial[:], cfg.Serial)
+	if cfg.Disk.ReadOnly() {
+		d.features |= 1 << featureRO
+	}
+	if cfg.Queues > 1 {
+		d.features |= 1 << featureMQ
+	}
+	d.initSpace()
+	return d, nil
+}
+
+// fillIn puts the defaults in place and checks the rest.
+func (c *Config) fillIn() error {
+	if c.Disk == nil {
+		return fmt.Errorf("%w: no disk", ErrConfig)
+	}
+	if c.Queues == 0 {
+		c.Queues = 1
+	}
+	if c.QueueSize == 0 {
+		c.QueueSize = defaultQueueSize
+	}
+	if c.BlockSize == 0 {
+		c.BlockSize = SectorSize
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	switch size := c.Disk.Size(); {
+	case c.Queues < 1 || c.Queues > maxQueues:
+		return fmt.Errorf("%w: %d queues; a device has 1 to %d", ErrConfig, c.Queues, maxQueues)
+	case c.QueueSize < minQueueSize || c.QueueSize > virtio.MaxQueueSize || bits.OnesCount16(c.QueueSize) != 1:
+		return fmt.Errorf("%w: queue size %d; it is a power of 2 from %d to %d", ErrConfig, c.QueueSize, minQueueSize, virtio.MaxQueueSize)
+	case c.BlockSize < SectorSize || c.BlockSize > 64<<10 || bits.OnesCount32(c.BlockSize) != 1:
+		return fmt.Errorf("%w: block size %d; it is a power of 2 from 512 to 65536", ErrConfig, c.BlockSize)
+	case len(c.Serial) > MaxSerial:
+		return fmt.Errorf("%w: serial number %q is longer than %d bytes", ErrConfig, c.Serial, MaxSerial)
+	case size < 0 || size%int64(c.BlockSize) != 0:
+		return fmt.Errorf("%w: disk %s has %d bytes, which is no multiple of its block size %d", ErrConfig, c.Name, size, c.BlockSize)
+	}
+	return nil
+}
+
+// DeviceID implements virtio.Device.
+func (d *Device) DeviceID() uint16 { return deviceID }
+
+// Features implements virtio.Device.
+func (d *Device) Features() uint64 { return d.features }
+
+// Queues implements virtio.Device.
+func (d *Device) Queues() (n int, maxSize uint16) { return len(d.queues), d.cfg.QueueSize }
+
+// Start implements virtio.Device.
+func (d *Device) Start(features uint64) error {
+	d.negotiated = features
+	return nil
+}
+
+// StartQueue implements virtio.Device.
+func (d *Device) StartQueue(i int, vq *virtio.Queue) {
+	q := &d.queues[i]
+	w := newWorker(d, q, vq)
+	q.mu.Lock()
+	q.worker = w
+	q.mu.Unlock()
+	go w.run()
+}
+
+// StopQueue implements virtio.Device.
+func (d *Device) StopQueue(i int) {
+	q := &d.queues[i]
+	q.mu.Lock()
+	w := q.worker
+	q.mu.Unlock()
+	if w == nil {
+		return
+	}
+	w.stop()
+	<-w.done
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.worker = nil
+	q.past = addStats(q.past, w.ended())
+}
+
+// Stop implements virtio.Device.
+func (d *Device) Stop() {
+	for i := range d.queues {
+		q := &d.queues[i]
+		q.mu.Lock()
+		if q.worker != nil {
+			q.worker.stop() // all at once, so that their last requests overlap
+		}
+		q.mu.Unlock()
+	}
+	for i := range d.queues {
+		d.StopQueue(i)
+	}
+	d.negotiated = 0
+}
+
+// diskFailed logs an error of the disk, unless there have been too many.
+func (d *Device) diskFailed(op string, sector uint64, err error) {
+	if held, ok := d.limit.Allow(); ok {
+		d.log.Error("disk error", "disk", d.cfg.Name, "op", op, "sector", sector, "err", err, "held_back", held)
+	}
+}

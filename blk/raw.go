@@ -1,0 +1,196 @@
+package blk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrBounds is returned for a range that is not wholly on the disk.
+var ErrBounds = errors.New("blk: range is outside the disk")
+
+// RawOptions say how OpenRaw opens a disk. The zero value opens it for reading
+// and writing.
+type RawOptions struct {
+	// ReadOnly opens the disk for reading only, which others may do at the
+	// same time.
+	ReadOnly bool
+}
+
+// Raw is a Disk whose bytes are those of a regular file or a block device. A
+// file whose length is not a multiple of 512 is as long as the next multiple:
+// what is missing reads as zero, and writing there makes the file longer.
+//
+// It holds QEMU's image lock while it is open, so that neither QEMU nor another
+// calf can write beside it. The file must not become shorter while it is open.
+type Raw struct {
+	path     string
+	fd       int
+	readOnly bool
+	length   int64 // of the file, in bytes, when it was opened
+	size     int64 // length rounded up to sectors
+
+	// failed is why a flush has failed, and every later one with it: the
+	// kernel reports lost pages once and then forgets them (B13).
+	failed atomic.Pointer[error]
+}
+
+var _ Disk = (*Raw)(nil)
+
+// OpenRaw opens the regular file or block device at path as it is, whatever its
+// content looks like, and locks it.
+func OpenRaw(path string, opts RawOptions) (*Raw, error) {
+	flags := unix.O_RDWR
+	if opts.ReadOnly {
+		flags = unix.O_RDONLY
+	}
+	// O_NONBLOCK has no meaning for a disk; it keeps the open of a FIFO, which
+	// is refused below, from waiting.
+	fd, err := openFile(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("open raw disk %s: %w", path, err)
+	}
+	r := &Raw{path: path, fd: fd, readOnly: opts.ReadOnly}
+	if err := r.prepare(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open raw disk %s: %w", path, err), unix.Close(fd))
+	}
+	return r, nil
+}
+
+func openFile(path string, flags int) (fd int, err error) {
+	err = retry(func() error {
+		fd, err = unix.Open(path, flags, 0)
+		return err
+	})
+	return fd, err
+}
+
+// prepare checks what has been opened, locks it and measures it.
+func (r *Raw) prepare() error {
+	var st unix.Stat_t
+	if err := unix.Fstat(r.fd, &st); err != nil {
+		return err
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK:
+	case unix.S_IFDIR:
+		return errors.New("it is a directory; name a file or a block device")
+	default:
+		return errors.New("it is neither a regular file nor a block device")
+	}
+	if err := lockImage(r.fd, r.readOnly); err != nil {
+		return err
+	}
+	end, err := unix.Seek(r.fd, 0, unix.SEEK_END)
+	if err != nil {
+		return fmt.Errorf("find its length: %w", err)
+	}
+	r.length = end
+	r.size = (end + SectorSize - 1) &^ (SectorSize - 1)
+	return nil
+}
+
+// Close gives up the lock and the file. No other method may be running.
+func (r *Raw) Close() error { return unix.Close(r.fd) }
+
+// Size implements Disk.
+func (r *Raw) Size() int64 { return r.size }
+
+// ReadOnly implements Disk.
+func (r *Raw) ReadOnly() bool { return r.readOnly }
+
+// ReadvAt implements Disk.
+func (r *Raw) ReadvAt(iov [][]byte, off int64) error { return r.transfer(unix.SYS_PREADV, iov, off) }
+
+// WritevAt implements Disk.
+func (r *Raw) WritevAt(iov [][]byte, off int64) error {
+	if r.readOnly {
+		return fmt.Errorf("write %s: %w", r.path, unix.EROFS)
+	}
+	return r.transfer(unix.SYS_PWRITEV, iov, off)
+}
+
+// Flush implements Disk.
+func (r *Raw) Flush() error {
+	if err := r.failed.Load(); err != nil {
+		return *err
+	}
+	if r.readOnly {
+		return nil
+	}
+	err := retry(func() error { return unix.Fdatasync(r.fd) })
+	if err != nil {
+		err = fmt.Errorf("flush %s: %w", r.path, err)
+		r.failed.CompareAndSwap(nil, &err)
+	}
+	return err
+}
+
+// transfer moves all of iov from or to the file at off with the given system
+// call, going on after a short transfer (B3).
+func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
+	if !inRange(iov, off, r.size) {
+		return ErrBounds
+	}
+	v := vectors.Get().(*vector)
+	defer vectors.Put(v)
+	for len(iov) > 0 {
+		iov = v.load(iov)
+		for !v.empty() {
+			n, err := v.call(call, r.fd, off)
+			switch {
+			case errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN):
+			case err != nil:
+				return fmt.Errorf("%s %s at %d: %w", callName(call), r.path, off, err)
+			case n > 0:
+				v.advance(n)
+				off += int64(n)
+			case call == unix.SYS_PREADV && off >= r.length:
+				// The end of the last sector of a file that lacks it. What
+				// follows is zero up to the size, within which off is.
+				v.zero()
+			default:
+				return fmt.Errorf("%s %s at %d: %w", callName(call), r.path, off, io.ErrUnexpectedEOF)
+			}
+		}
+	}
+	return nil
+}
+
+// inRange reports whether the buffers of iov fit in [0, size) at off.
+func inRange(iov [][]byte, off, size int64) bool {
+	if off < 0 || off > size {
+		return false
+	}
+	left := uint64(size - off)
+	for _, b := range iov {
+		if uint64(len(b)) > left {
+			return false
+		}
+		left -= uint64(len(b))
+	}
+	return true
+}
+
+func callName(call uintptr) string {
+	if call == unix.SYS_PREADV {
+		return "read"
+	}
+	return "write"
+}
+
+// retry calls f until it is not interrupted by a signal.
+func retry(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// vectors recycles the system call arguments of transfer.
+var vectors = sync.Pool{New: func() any { return new(vector) }}

@@ -1,0 +1,67 @@
+package blk
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxVector is the most buffers one system call takes (UIO_MAXIOV).
+const maxVector = 1024
+
+// vector is the list of buffers of a preadv or pwritev that is under way.
+type vector struct {
+	buf  []unix.Iovec // storage
+	left []unix.Iovec // what is still to be transferred: the end of buf
+}
+
+// load fills v from the front of iov and returns the rest of iov.
+func (v *vector) load(iov [][]byte) (rest [][]byte) {
+	v.buf = v.buf[:0]
+	for i, b := range iov {
+		if len(v.buf) == maxVector {
+			rest = iov[i:]
+			break
+		}
+		if len(b) > 0 {
+			v.buf = append(v.buf, unix.Iovec{Base: unsafe.SliceData(b), Len: uint64(len(b))})
+		}
+	}
+	v.left = v.buf
+	return rest
+}
+
+func (v *vector) empty() bool { return len(v.left) == 0 }
+
+// call does one system call with all that is left, which is not nothing.
+func (v *vector) call(call uintptr, fd int, off int64) (n int, err error) {
+	// The second half of the offset is ignored where a long has 64 bits.
+	r, _, e := unix.Syscall6(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(v.left))),
+		uintptr(len(v.left)), uintptr(off), 0, 0)
+	if e != 0 {
+		return 0, e
+	}
+	return int(r), nil
+}
+
+// advance takes the first n bytes off.
+func (v *vector) advance(n int) {
+	for n > 0 {
+		e := &v.left[0]
+		if uint64(n) < e.Len {
+			e.Base = (*byte)(unsafe.Add(unsafe.Pointer(e.Base), n))
+			e.Len -= uint64(n)
+			return
+		}
+		n -= int(e.Len)
+		v.left = v.left[1:]
+	}
+}
+
+// zero fills all that is left with zero bytes.
+func (v *vector) zero() {
+	for _, e := range v.left {
+		clear(unsafe.Slice(e.Base, e.Len))
+	}
+	v.left = nil
+}

@@ -1,0 +1,69 @@
+package blk
+
+import (
+	"sync/atomic"
+
+	"github.com/calfvm/calf/virtio"
+)
+
+// QueueStats counts what has happened on one queue since the device was made.
+type QueueStats struct {
+	virtio.QueueStats
+	Reads, Writes, Flushes, Others uint64 // requests, by type
+	BytesRead, BytesWritten        uint64 // of requests that succeeded
+	Errors                         uint64 // requests answered with IOERR
+	Unsupported                    uint64 // requests answered with UNSUPP
+	Unanswerable                   uint64 // without header or status byte (B10)
+}
+
+// counters are the part of QueueStats that the worker counts. Written by the
+// worker, read by Stats.
+type counters struct {
+	reads, writes, flushes, others    atomic.Uint64
+	bytesRead, bytesWritten           atomic.Uint64
+	errors, unsupported, unanswerable atomic.Uint64
+}
+
+// Stats returns the counters of every queue.
+func (d *Device) Stats() []QueueStats {
+	all := make([]QueueStats, len(d.queues))
+	for i := range d.queues {
+		q := &d.queues[i]
+		c := &q.counters
+		all[i] = QueueStats{
+			Reads:        c.reads.Load(),
+			Writes:       c.writes.Load(),
+			Flushes:      c.flushes.Load(),
+			Others:       c.others.Load(),
+			BytesRead:    c.bytesRead.Load(),
+			BytesWritten: c.bytesWritten.Load(),
+			Errors:       c.errors.Load(),
+			Unsupported:  c.unsupported.Load(),
+			Unanswerable: c.unanswerable.Load(),
+		}
+		q.mu.Lock()
+		all[i].QueueStats = q.past
+		if q.worker != nil {
+			all[i].QueueStats = addStats(q.past, q.worker.ended())
+		}
+		q.mu.Unlock()
+	}
+	return all
+}
+
+func addStats(a, b virtio.QueueStats) virtio.QueueStats {
+	a.Kicks += b.Kicks
+	a.Interrupts += b.Interrupts
+	a.Suppressed += b.Suppressed
+	a.Malformed += b.Malformed
+	return a
+}
+
+// sinceStart is what s counts beyond base.
+func sinceStart(s, base virtio.QueueStats) virtio.QueueStats {
+	s.Kicks -= base.Kicks
+	s.Interrupts -= base.Interrupts
+	s.Suppressed -= base.Suppressed
+	s.Malformed -= base.Malformed
+	return s
+}

@@ -1,0 +1,220 @@
+package blk
+
+import (
+	"encoding/binary"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"github.com/calfvm/calf/virtio"
+)
+
+// Request types and states (section 5.2.6).
+const (
+	typeIn    = 0 // VIRTIO_BLK_T_IN
+	typeOut   = 1 // VIRTIO_BLK_T_OUT
+	typeFlush = 4 // VIRTIO_BLK_T_FLUSH
+	typeGetID = 8 // VIRTIO_BLK_T_GET_ID
+
+	statusOK     = 0 // VIRTIO_BLK_S_OK
+	statusIOErr  = 1 // VIRTIO_BLK_S_IOERR
+	statusUnsupp = 2 // VIRTIO_BLK_S_UNSUPP
+
+	headerSize = 16
+)
+
+const (
+	// A batch is published at the latest after so many requests, or once it
+	// has taken so long: the driver refills the queue meanwhile.
+	maxBatch     = 16
+	maxBatchTime = 50 * time.Microsecond
+)
+
+// worker serves one queue from StartQueue to StopQueue, in a goroutine of its
+// own that alone uses all fields but stopping and done.
+type worker struct {
+	dev   *Device
+	disk  Disk
+	count *counters
+	vq    *virtio.Queue
+	base  virtio.QueueStats // of vq when the worker began
+
+	chain virtio.Chain
+	head  [headerSize]byte
+
+	stopping atomic.Bool
+	done     chan struct{} // closed when the worker has ended
+}
+
+func newWorker(d *Device, q *queue, vq *virtio.Queue) *worker {
+	return &worker{
+		dev:   d,
+		disk:  d.cfg.Disk,
+		count: &q.counters,
+		vq:    vq,
+		base:  vq.Stats(),
+		done:  make(chan struct{}),
+	}
+}
+
+// stop makes the worker end after the request it is at. It does not wait.
+func (w *worker) stop() {
+	w.stopping.Store(true)
+	w.vq.Kick()
+}
+
+// ended is what has happened on the queue since the worker began.
+func (w *worker) ended() virtio.QueueStats { return sinceStart(w.vq.Stats(), w.base) }
+
+func (w *worker) run() {
+	defer close(w.done)
+	for !w.stopping.Load() {
+		if w.vq.Wait() != nil {
+			return
+		}
+		w.drain()
+	}
+}
+
+// drain serves the queue until it is empty and will be kicked again. V17: a
+// guest that keeps it full keeps this goroutine busy but nothing else: after
+// every batch the worker looks for a stop and offers its thread to others.
+func (w *worker) drain() {
+	for {
+		for w.batch() {
+			if w.stopping.Load() {
+				return
+			}
+			runtime.Gosched()
+		}
+		if w.stopping.Load() || !w.vq.Rearm() {
+			return
+		}
+	}
+}
+
+// batch serves some requests and publishes them together. It reports whether
+// there may be more.
+func (w *worker) batch() (more bool) {
+	begin := time.Now()
+	for range maxBatch {
+		if more = w.vq.Pop(&w.chain); !more {
+			break
+		}
+		w.vq.Push(&w.chain, w.serve(&w.chain))
+		if w.stopping.Load() || time.Since(begin) > maxBatchTime {
+			break
+		}
+	}
+	w.vq.Publish()
+	return more
+}
+
+// serve carries out the request in c and returns how many bytes of it were
+// written without a gap from the first writable one (V7): the data and the
+// status if the data is complete, else nothing unless the status stands alone.
+func (w *worker) serve(c *virtio.Chain) uint32 {
+	// V18: the header is read once, here.
+	hasHeader := c.TakeReadable(w.head[:])
+	status := c.TakeStatus()
+	if !hasHeader || status == nil {
+		w.count.unanswerable.Add(1)
+		return 0 // B10: there is no way to answer
+	}
+	room := virtio.Len(c.Writable)
+	var code byte
+	var filled uint64
+	sector := binary.LittleEndian.Uint64(w.head[8:])
+	switch binary.LittleEndian.Uint32(w.head[:]) {
+	case typeIn:
+		w.count.reads.Add(1)
+		code, filled = w.read(c, sector, room)
+	case typeOut:
+		w.count.writes.Add(1)
+		code = w.write(c, sector, room)
+	case typeFlush:
+		w.count.flushes.Add(1)
+		code = w.flush()
+	case typeGetID:
+		w.count.others.Add(1)
+		code, filled = w.getID(c, room)
+	default:
+		w.count.others.Add(1)
+		code = statusUnsupp // B4
+	}
+	switch code {
+	case statusIOErr:
+		w.count.errors.Add(1)
+	case statusUnsupp:
+		w.count.unsupported.Add(1)
+	}
+	status[0] = code
+	if filled == room {
+		filled++ // the status byte follows without a gap
+	}
+	return uint32(filled)
+}
+
+// read carries out an IN request for room bytes.
+func (w *worker) read(c *virtio.Chain, sector, room uint64) (code byte, filled uint64) {
+	if len(c.Readable) != 0 || !w.dev.inBounds(sector, room) { // B3, B1
+		return statusIOErr, 0
+	}
+	if room == 0 {
+		return statusOK, 0 // B2
+	}
+	if err := w.disk.ReadvAt(c.Writable, int64(sector*SectorSize)); err != nil {
+		w.dev.diskFailed("read", sector, err)
+		return statusIOErr, 0
+	}
+	w.count.bytesRead.Add(room)
+	return statusOK, room
+}
+
+// write carries out an OUT request. room is the number of writable data bytes,
+// of which there must be none.
+func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
+	n := virtio.Len(c.Readable)
+	if room != 0 || !w.dev.inBounds(sector, n) || w.disk.ReadOnly() { // B3, B1, B5
+		return statusIOErr
+	}
+	if n == 0 {
+		return statusOK // B2
+	}
+	if err := w.disk.WritevAt(c.Readable, int64(sector*SectorSize)); err != nil {
+		w.dev.diskFailed("write", sector, err)
+		return statusIOErr
+	}
+	w.count.bytesWritten.Add(n)
+	if w.dev.negotiated&(1<<featureFlush) == 0 {
+		return w.flush() // B11(i): a driver without FLUSH relies on write-through
+	}
+	return statusOK
+}
+
+func (w *worker) flush() (code byte) {
+	if err := w.disk.Flush(); err != nil {
+		w.dev.diskFailed("flush", 0, err)
+		return statusIOErr
+	}
+	return statusOK
+}
+
+// getID carries out a GET_ID request for room bytes (B9).
+func (w *worker) getID(c *virtio.Chain, room uint64) (code byte, filled uint64) {
+	if room < MaxSerial {
+		return statusIOErr, 0
+	}
+	id := w.dev.serial[:]
+	for _, b := range c.Writable {
+		id = id[copy(b, id):]
+	}
+	return statusOK, MaxSerial
+}
+
+// inBounds reports whether n bytes from sector are whole blocks on the disk. It
+// cannot overflow (B1).
+func (d *Device) inBounds(sector, n uint64) bool {
+	sectors := n / SectorSize
+	return n%uint64(d.cfg.BlockSize) == 0 && sector <= d.capacity && sectors <= d.capacity-sector
+}

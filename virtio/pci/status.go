@@ -1,0 +1,141 @@
+package pci
+
+import "github.com/calfvm/calf/virtio"
+
+// statusLocked is the device status the driver reads.
+func (t *Transport) statusLocked() uint8 {
+	s := t.regs.status
+	if t.needsReset.Load() {
+		s |= virtio.StatusDeviceNeedsReset
+	}
+	return s
+}
+
+// writeStatusLocked moves the status machine of virtio 3.1.1. A driver sets
+// bits and never clears them; the one way back is a reset (P20).
+func (t *Transport) writeStatusLocked(v uint8) {
+	if t.resetting {
+		return
+	}
+	if v == 0 {
+		t.beginResetLocked()
+		return
+	}
+	r := &t.regs
+	if r.status&virtio.StatusFailed != 0 {
+		return // the driver has given up until it resets
+	}
+	r.status |= v & (virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFailed)
+	if v&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriver != 0 && t.acceptableLocked() {
+		r.status |= virtio.StatusFeaturesOK
+	}
+	if v&virtio.StatusDriverOK != 0 && r.status&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriverOK == 0 {
+		r.status |= virtio.StatusDriverOK
+		t.startLocked()
+	}
+}
+
+// acceptableLocked reports whether the device can work with the features the
+// driver has chosen. If not, FEATURES_OK stays clear on reading (P21).
+func (t *Transport) acceptableLocked() bool {
+	return t.regs.driverFeatures&^t.offered == 0 && t.negotiatedLocked(virtio.FeatureVersion1)
+}
+
+// startLocked brings the device to life: the driver has set DRIVER_OK.
+func (t *Transport) startLocked() {
+	t.driverOK.Store(true)
+	if err := t.dev.Start(t.regs.driverFeatures); err != nil {
+		t.damage(err)
+		return
+	}
+	if t.needsReset.Load() {
+		// A ring was refused before the driver could be told (P22).
+		t.notifyConfig()
+	}
+	for i := range t.queues {
+		if t.queues[i].q != nil {
+			t.startQueueLocked(i)
+		}
+	}
+}
+
+// beginResetLocked resets the device. While it may still be at work the status
+// keeps its old value, and becomes 0 only when all is quiet (P23): the driver
+// polls for that, so waiting here would stop a vCPU for nothing.
+func (t *Transport) beginResetLocked() {
+	for i := range t.queues {
+		t.unbindLocked(&t.queues[i])
+	}
+	if !t.driverOK.Load() {
+		t.dev.Stop()
+		t.clearLocked()
+		return
+	}
+	t.resetting = true
+	go func() {
+		t.queueResets.Wait()
+		t.dev.Stop()
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.clearLocked()
+		t.resetting = false
+		t.quiet.Broadcast()
+	}()
+}
+
+// quiesceLocked resets the device and waits until it is quiet. It releases mu
+// while it waits.
+func (t *Transport) quiesceLocked() {
+	if !t.resetting {
+		t.beginResetLocked()
+	}
+	for t.resetting {
+		t.quiet.Wait()
+	}
+}
+
+// clearLocked gives every register its value after a reset (P24). PCI
+// configuration and the vector table stay as they are, but an interrupt that a
+// mask has held back must not come after the reset (P23).
+func (t *Transport) clearLocked() {
+	t.driverOK.Store(false)
+	t.needsReset.Store(false)
+	t.isr.Store(0)
+	t.configVector.Store(noVector)
+	t.msix.clearPending()
+	t.regs = registers{generation: t.regs.generation}
+	for i := range t.queues {
+		t.clearQueueLocked(&t.queues[i])
+	}
+}
+
+func (t *Transport) clearQueueLocked(s *queueState) {
+	s.size = t.maxSize
+	s.desc, s.driver, s.device = 0, 0, 0
+	s.q = nil
+	s.resetting = false
+	s.vector.Store(noVector)
+}
+
+// resetQueueLocked resets queue i alone (V15). As with a device reset, the
+// register shows that it is under way until the queue is quiet.
+func (t *Transport) resetQueueLocked(i int) {
+	s := &t.queues[i]
+	if !t.negotiatedLocked(virtio.FeatureRingReset) || s.q == nil || s.resetting {
+		return
+	}
+	t.unbindLocked(s)
+	if !t.driverOK.Load() {
+		t.clearQueueLocked(s)
+		return
+	}
+	s.resetting = true
+	t.queueResets.Add(1)
+	go func() {
+		defer t.queueResets.Done()
+		t.dev.StopQueue(i)
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		t.clearQueueLocked(s)
+	}()
+}
