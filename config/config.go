@@ -1,0 +1,148 @@
+// Package config is the description of a guest: a tree of plain structs, the
+// TOML file that fills it, the flags that override the file, and the rules that
+// both must keep. It knows nothing of KVM and opens no file but the one it is
+// asked to load: whether a kernel or an image exists is for others to find out.
+//
+// The file is read strictly. An unknown key, a value of the wrong type and a
+// value that cannot be are errors with file, line and column; all errors of a
+// file are reported, in the order of the file. Every key is described once, in
+// rules.go: reading, checking, overriding and the JSON schema follow from it.
+//
+// A Config is not safe for concurrent use while it is being changed.
+package config
+
+import (
+	"bytes"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/BurntSushi/toml"
+)
+
+// Config describes one guest. A zero field means the default; Effective fills
+// the defaults in.
+type Config struct {
+	VM    VM     `toml:"vm"`
+	Boot  Boot   `toml:"boot,omitempty"`
+	Disks []Disk `toml:"disk"` // in order: vda, vdb, …
+
+	// origins says where values came from, by path ("vm.cpus",
+	// "disk[0].path"), so that an error found later can still name the place.
+	// The path "" stands for the file as a whole.
+	origins map[string]origin
+}
+
+// VM is the table [vm]: the machine itself.
+type VM struct {
+	Name        string        `toml:"name,omitempty"`
+	CPUs        int           `toml:"cpus"`
+	Memory      Size          `toml:"memory"`
+	Timeout     time.Duration `toml:"timeout,omitzero"`      // of the whole run; 0 = none
+	BootTimeout time.Duration `toml:"boot_timeout,omitzero"` // until the guest is up; 0 = none
+}
+
+// Boot is the table [boot]: what the guest runs first.
+type Boot struct {
+	Kernel  string `toml:"kernel,omitempty"`
+	Initrd  string `toml:"initrd,omitempty"`
+	Cmdline string `toml:"cmdline,omitempty"` // appended to calf's own command line
+}
+
+// Disk is a table [[disk]]: an image that the guest sees as a virtio disk.
+type Disk struct {
+	Path        string   `toml:"path"`
+	Format      string   `toml:"format"` // FormatQCOW2 or FormatRaw
+	ReadOnly    bool     `toml:"readonly"`
+	Snapshot    bool     `toml:"snapshot"` // writes go to a throw-away overlay
+	Queues      int      `toml:"queues"`
+	QueueSize   int      `toml:"queue_size"` // descriptors per queue
+	Cache       string   `toml:"cache"`
+	Engine      string   `toml:"engine"`
+	Serial      string   `toml:"serial,omitempty"`
+	BackingDirs []string `toml:"backing_dirs,omitempty"`
+	L2Cache     Size     `toml:"l2_cache,omitzero"` // 0 = the image engine decides
+}
+
+// The formats of a disk.
+const (
+	FormatQCOW2 = "qcow2"
+	FormatRaw   = "raw"
+)
+
+const (
+	maxQueues        = 64
+	defaultQueueSize = 256
+	defaultMemory    = 512 << 20 // bytes
+)
+
+// Default returns what holds for a guest of which nothing is said.
+func Default() *Config { return new(Config).Effective() }
+
+// Effective returns a copy of c with every default filled in: what a run of c
+// means.
+func (c *Config) Effective() *Config {
+	e := *c
+	e.origins = maps.Clone(c.origins)
+	e.VM.CPUs = orDefault(c.VM.CPUs, 1)
+	e.VM.Memory = orDefault(c.VM.Memory, defaultMemory)
+	e.Disks = slices.Clone(c.Disks)
+	for i := range e.Disks {
+		d := &e.Disks[i]
+		d.Format = orDefault(d.Format, formatOf(d.Path))
+		d.Queues = orDefault(d.Queues, min(e.VM.CPUs, maxQueues))
+		d.QueueSize = orDefault(d.QueueSize, defaultQueueSize)
+		d.Cache = orDefault(d.Cache, "writeback")
+		d.Engine = orDefault(d.Engine, "auto")
+		d.BackingDirs = slices.Clone(d.BackingDirs)
+	}
+	return &e
+}
+
+// orDefault returns v, or def if v is not set.
+func orDefault[T comparable](v, def T) T {
+	var zero T
+	if v == zero {
+		return def
+	}
+	return v
+}
+
+// formatOf returns the format that a file name stands for, or "" if it stands
+// for none. Nothing but .qcow2 does, and the content is never asked: a guest
+// may have written it.
+func formatOf(path string) string {
+	if strings.EqualFold(filepath.Ext(path), ".qcow2") {
+		return FormatQCOW2
+	}
+	return ""
+}
+
+// TOML returns the effective configuration as a file that says the same.
+func (c *Config) TOML() ([]byte, error) {
+	var buf bytes.Buffer
+	enc := toml.NewEncoder(&buf)
+	enc.Indent = ""
+	if err := enc.Encode(c.Effective()); err != nil {
+		return nil, fmt.Errorf("config: encode: %w", err)
+	}
+	return buf.Bytes(), nil
+}
+
+// Load reads the file at path. Paths in it are relative to its directory. An
+// error about the content is of type Errors.
+func Load(path string) (*Config, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	return Parse(path, dir, data)
+}

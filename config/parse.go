@@ -1,0 +1,275 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/BurntSushi/toml"
+
+	"github.com/calfvm/calf/config/internal/tomlpos"
+)
+
+// Parse reads a file that has been read into data. name is what messages call
+// it; relative paths in it start from dir. An error is of type Errors and holds
+// everything that is wrong; there is no Config then.
+func Parse(name, dir string, data []byte) (*Config, error) {
+	src := strings.TrimPrefix(string(data), "\ufeff")
+	d := &decoder{name: name, src: src, dir: dir, cfg: &Config{origins: map[string]origin{}}}
+	d.cfg.origins[""] = origin{file: name, line: 1, column: 1}
+	if off := invalidUTF8(src); off >= 0 {
+		return nil, Errors{d.at(off).errorf("the file is not UTF-8")}
+	}
+	var doc map[string]any
+	if _, err := toml.Decode(src, &doc); err != nil {
+		return nil, Errors{d.syntaxError(err)}
+	}
+	index, err := tomlpos.Index(src)
+	if err != nil {
+		return nil, Errors{d.syntaxError(err)}
+	}
+	d.table(reflect.ValueOf(d.cfg).Elem(), "", "", doc, index)
+	if err := append(d.errs, d.cfg.checkDisks()...).sorted(); err != nil {
+		return nil, err
+	}
+	return d.cfg, nil
+}
+
+// invalidUTF8 returns the offset of the first byte that is not part of a
+// character, or -1.
+func invalidUTF8(s string) int {
+	for i, r := range s {
+		if r == utf8.RuneError {
+			if _, size := utf8.DecodeRuneInString(s[i:]); size == 1 {
+				return i
+			}
+		}
+	}
+	return -1
+}
+
+// decoder moves a decoded document into a Config and collects what is wrong.
+type decoder struct {
+	name, src, dir string
+	cfg            *Config
+	errs           Errors
+}
+
+// at is the place of a byte of the file.
+func (d *decoder) at(offset int) origin {
+	before := d.src[:min(max(offset, 0), len(d.src))]
+	line := before[strings.LastIndexByte(before, '\n')+1:]
+	return origin{
+		file:   d.name,
+		line:   strings.Count(before, "\n") + 1,
+		column: utf8.RuneCountInString(line) + 1,
+	}
+}
+
+func (d *decoder) fail(offset int, format string, args ...any) {
+	d.errs = append(d.errs, d.at(offset).errorf(format, args...))
+}
+
+// syntaxError places an error of the TOML library or of the index.
+func (d *decoder) syntaxError(err error) *Error {
+	var parse toml.ParseError
+	var index *tomlpos.Error
+	switch {
+	case errors.As(err, &parse):
+		return d.at(parse.Position.Start).errorf("%s", parse.Message)
+	case errors.As(err, &index):
+		return d.at(index.Offset).errorf("%s", index.Message)
+	}
+	return d.at(0).errorf("%v", err)
+}
+
+// table moves data, which stands at node, into the struct dst. name is the name
+// of the table as the rules know it, and path as the origins do.
+func (d *decoder) table(dst reflect.Value, name, path string, data map[string]any, node *tomlpos.Node) {
+	prefix := func(s string) string {
+		if s != "" {
+			s += "."
+		}
+		return s
+	}
+	fields := fieldsOf(dst.Type(), prefix(name))
+	for key, value := range data {
+		at := node.Fields[key]
+		i := slices.IndexFunc(fields, func(f field) bool { return f.key == key })
+		if i < 0 {
+			d.fail(at.Key, "%s", unknownKey(name, key, keysOf(fields)))
+			continue
+		}
+		f := fields[i]
+		d.field(dst.Field(f.index), f.rule, prefix(name)+key, prefix(path)+key, value, at)
+	}
+}
+
+// field moves one value into dst. name and path are those of the key.
+func (d *decoder) field(dst reflect.Value, r rule, name, path string, value any, at *tomlpos.Node) {
+	switch {
+	case dst.Kind() == reflect.Struct:
+		table, ok := value.(map[string]any)
+		if !ok {
+			d.fail(at.Value, "%s must be a table, begun with %s, not %s", name, header(name), describe(value))
+			return
+		}
+		d.cfg.origins[path] = d.at(at.Value)
+		d.table(dst, name, path, table, at)
+	case dst.Type() == reflect.TypeFor[[]Disk]():
+		tables, ok := tablesOf(value)
+		if !ok {
+			d.fail(at.Value, "%s must be an array of tables, each begun with %s, not %s", name, header(name), describe(value))
+			return
+		}
+		dst.Set(reflect.MakeSlice(dst.Type(), len(tables), len(tables)))
+		for i, table := range tables {
+			d.cfg.origins[diskPath(i)] = d.at(at.Items[i].Value)
+			d.table(dst.Index(i), name, diskPath(i), table, at.Items[i])
+		}
+	default:
+		if !assign(dst, r, d.dir, value) {
+			d.refuse(dst.Type(), r, name, value, at)
+		}
+		// A refused value has a place too, by which it is known not to be
+		// missing.
+		d.cfg.origins[path] = d.at(at.Value)
+	}
+}
+
+// refuse reports a value that assign did not take: an element of an array if one
+// is at fault, else the whole.
+func (d *decoder) refuse(t reflect.Type, r rule, name string, value any, at *tomlpos.Node) {
+	items, _ := value.([]any)
+	for i, item := range items {
+		elem := reflect.New(reflect.TypeFor[string]()).Elem()
+		if t.Kind() == reflect.Slice && !assign(elem, r, d.dir, item) {
+			d.fail(at.Items[i].Value, "each of %s %s", name, r.refusal(elem.Type(), item))
+			return
+		}
+	}
+	d.fail(at.Value, "%s %s", name, r.refusal(t, value))
+}
+
+// tablesOf returns value as an array of tables, if it is one.
+func tablesOf(value any) ([]map[string]any, bool) {
+	if tables, ok := value.([]map[string]any); ok {
+		return tables, true
+	}
+	items, ok := value.([]any)
+	tables := make([]map[string]any, len(items))
+	for i := range items {
+		table, isTable := items[i].(map[string]any)
+		tables[i], ok = table, ok && isTable
+	}
+	return tables, ok
+}
+
+// assign stores value, as the TOML library decodes it, into dst, if it is of
+// the right type and keeps the rule. It reports whether it did.
+func assign(dst reflect.Value, r rule, dir string, value any) bool {
+	converted, ok := convert(dst.Type(), value)
+	if !ok || !r.allows(converted) {
+		return false
+	}
+	if r.path {
+		converted = resolve(dir, converted)
+	}
+	dst.Set(reflect.ValueOf(converted))
+	return true
+}
+
+// convert returns value as a value of type t.
+func convert(t reflect.Type, value any) (any, bool) {
+	switch t {
+	case reflect.TypeFor[bool]():
+		v, ok := value.(bool)
+		return v, ok
+	case reflect.TypeFor[string]():
+		v, ok := value.(string)
+		return v, ok
+	case reflect.TypeFor[int]():
+		v, ok := value.(int64)
+		return int(v), ok && int64(int(v)) == v
+	case reflect.TypeFor[Size]():
+		if v, ok := value.(int64); ok {
+			return Size(v), v >= 0
+		}
+		s, ok := value.(string)
+		v, err := ParseSize(s)
+		return v, ok && err == nil
+	case reflect.TypeFor[time.Duration]():
+		s, ok := value.(string)
+		v, err := time.ParseDuration(s)
+		return v, ok && err == nil
+	case reflect.TypeFor[[]string]():
+		items, ok := value.([]any)
+		v := make([]string, len(items))
+		for i := range items {
+			s, isString := items[i].(string)
+			v[i], ok = s, ok && isString
+		}
+		return v, ok
+	}
+	panic(fmt.Sprintf("BUG: config: no conversion to %v", t))
+}
+
+// resolve makes the path or paths in v relative to dir.
+func resolve(dir string, v any) any {
+	switch v := v.(type) {
+	case string:
+		if filepath.IsAbs(v) {
+			return filepath.Clean(v)
+		}
+		return filepath.Join(dir, v)
+	case []string:
+		paths := make([]string, len(v))
+		for i := range v {
+			paths[i] = resolve(dir, v[i]).(string)
+		}
+		return paths
+	}
+	panic(fmt.Sprintf("BUG: config: a path of type %T", v))
+}
+
+// unknownKey is the message for a key that a table does not have. keys are
+// those that it has.
+func unknownKey(table, key string, keys []string) string {
+	in, full := "", key
+	if table != "" {
+		in, full = " in "+header(table), table+"."+key
+	}
+	if slices.Contains(laterKeys, full) {
+		return full + " is not supported by this version of calf"
+	}
+	msg := fmt.Sprintf("unknown key %q%s", key, in)
+	if word := nearest(key, keys); word != "" {
+		msg += fmt.Sprintf(": did you mean %q?", word)
+	} else if home := homeOf(key); home != "" {
+		msg += ": it belongs in " + header(home)
+	}
+	return msg + fmt.Sprintf(" (accepted here: %s)", strings.Join(keys, ", "))
+}
+
+// header is the line that begins a table.
+func header(table string) string {
+	if table == "disk" {
+		return "[[disk]]"
+	}
+	return "[" + table + "]"
+}
+
+// homeOf returns the table that has the given key, or "".
+func homeOf(key string) string {
+	for _, table := range []string{"vm", "boot", "disk"} {
+		if _, ok := rules[table+"."+key]; ok {
+			return table
+		}
+	}
+	return ""
+}

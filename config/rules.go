@@ -1,0 +1,203 @@
+package config
+
+import (
+	"fmt"
+	"math/bits"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// rule is what is to be said of a key beyond the type of its struct field.
+type rule struct {
+	doc string
+	// min and max bound an integer or a size, both inclusive. max alone is
+	// the greatest length of a string in bytes.
+	min, max uint64
+	// powerOfTwo and multipleOf narrow the range further.
+	powerOfTwo bool
+	multipleOf uint64
+	// values are the strings that are accepted, all if there are none.
+	values []string
+	// later are strings that the file format has and this version does not.
+	later []string
+	// path makes a string a file name: never empty, relative to the file.
+	path bool
+	// ascii admits printable ASCII only.
+	ascii bool
+}
+
+// rules describes every key. A test holds it against the structs.
+var rules = map[string]rule{
+	"vm":              {doc: "The machine."},
+	"vm.name":         {doc: "Name of the guest, for messages.", max: 64},
+	"vm.cpus":         {doc: "Number of virtual CPUs. The host may allow fewer.", min: 1, max: 255},
+	"vm.memory":       {doc: "Guest memory. It is taken from the host as the guest touches it.", min: 32 << 20, max: 16 << 40, multipleOf: 4096},
+	"vm.timeout":      {doc: "Time after which the run is ended; 0 for none."},
+	"vm.boot_timeout": {doc: "Time after which the run is ended if the guest has not come up; 0 for none."},
+
+	"boot":         {doc: "What the guest runs first."},
+	"boot.kernel":  {doc: "Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry.", path: true},
+	"boot.initrd":  {doc: "Initial RAM disk.", path: true},
+	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own.", max: 2047, ascii: true},
+
+	"disk":              {doc: "The disks, in order: vda, vdb and so on."},
+	"disk.path":         {doc: "The image.", path: true},
+	"disk.format":       {doc: "Format of the image. It may be left out if the name ends in .qcow2; it is never guessed from content.", values: []string{FormatQCOW2, FormatRaw}},
+	"disk.readonly":     {doc: "Whether the guest is kept from writing."},
+	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is."},
+	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
+	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 2, max: 1024, powerOfTwo: true},
+	"disk.cache":        {doc: "Cache mode.", values: []string{"writeback"}, later: []string{"writethrough", "none", "unsafe"}},
+	"disk.engine":       {doc: "How requests reach the host.", values: []string{"auto", "sync"}, later: []string{"io_uring"}},
+	"disk.serial":       {doc: "Serial number that the guest sees.", max: 20, ascii: true},
+	"disk.backing_dirs": {doc: "Directories in which backing files may lie, besides the directory of the image that names them.", path: true},
+	"disk.l2_cache":     {doc: "Memory for the tables of a QCOW2 image. The default suits the image.", min: 64 << 10, max: 1 << 40},
+}
+
+// laterKeys are keys that the file format has and this version does not.
+var laterKeys = []string{"run", "target", "disk.discard"}
+
+// field is a key of a table together with the struct field behind it.
+type field struct {
+	key   string
+	index int
+	rule  rule
+}
+
+// fieldsOf returns the keys of the table whose struct is t, in order. prefix is
+// the name of the table and a dot, or "" for the top.
+func fieldsOf(t reflect.Type, prefix string) []field {
+	var fields []field
+	for i := range t.NumField() {
+		if key, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); key != "" {
+			fields = append(fields, field{key: key, index: i, rule: rules[prefix+key]})
+		}
+	}
+	return fields
+}
+
+func keysOf(fields []field) []string {
+	keys := make([]string, len(fields))
+	for i, f := range fields {
+		keys[i] = f.key
+	}
+	return keys
+}
+
+// accepts says what a value of type t has to be, as in "must be …".
+func (r rule) accepts(t reflect.Type) string {
+	switch t {
+	case reflect.TypeFor[bool]():
+		return "true or false"
+	case reflect.TypeFor[int]():
+		if r.powerOfTwo {
+			return fmt.Sprintf("a power of two from %d to %d", r.min, r.max)
+		}
+		return fmt.Sprintf("an integer from %d to %d", r.min, r.max)
+	case reflect.TypeFor[Size]():
+		s := fmt.Sprintf("a size from %v to %v", Size(r.min), Size(r.max))
+		if r.multipleOf > 0 {
+			s += fmt.Sprintf(", a multiple of %v", Size(r.multipleOf))
+		}
+		return s
+	case reflect.TypeFor[time.Duration]():
+		return `a duration such as "90s" or "10m"`
+	case reflect.TypeFor[[]string]():
+		return "an array of paths"
+	}
+	switch {
+	case len(r.values) > 0:
+		return list(quoted(r.values), "or")
+	case r.path:
+		return "a path"
+	}
+	s := "a string"
+	if r.max > 0 {
+		s += fmt.Sprintf(" of at most %d bytes", r.max)
+	}
+	if r.ascii {
+		return s + " of printable ASCII"
+	}
+	return s + " without control characters"
+}
+
+// allows reports whether v, of a type that accepts knows, keeps the rule.
+func (r rule) allows(v any) bool {
+	switch v := v.(type) {
+	case int:
+		return v >= 0 && r.inRange(uint64(v))
+	case Size:
+		return r.inRange(uint64(v))
+	case time.Duration:
+		return v >= 0
+	case []string:
+		return !slices.ContainsFunc(v, func(s string) bool { return !r.allows(s) })
+	case string:
+		switch {
+		case len(r.values) > 0:
+			return slices.Contains(r.values, v)
+		case r.path:
+			return v != "" && utf8.ValidString(v) && !strings.ContainsRune(v, 0)
+		}
+		return (r.max == 0 || uint64(len(v)) <= r.max) && utf8.ValidString(v) && !strings.ContainsFunc(v, func(c rune) bool {
+			return unicode.IsControl(c) || r.ascii && c > unicode.MaxASCII
+		})
+	}
+	return true
+}
+
+func (r rule) inRange(n uint64) bool {
+	return n >= r.min && n <= r.max &&
+		(!r.powerOfTwo || bits.OnesCount64(n) == 1) &&
+		(r.multipleOf == 0 || n%r.multipleOf == 0)
+}
+
+// refusal says why value, as a file holds it, is not accepted for a field of
+// type t. The message lacks its subject.
+func (r rule) refusal(t reflect.Type, value any) string {
+	s, isString := value.(string)
+	if isString && slices.Contains(r.later, s) {
+		return fmt.Sprintf("value %q is not supported by this version of calf: use %s", s, r.accepts(t))
+	}
+	msg := fmt.Sprintf("must be %s, not %s", r.accepts(t), describe(value))
+	if isString {
+		if word := nearest(s, r.values); word != "" {
+			msg += fmt.Sprintf(": did you mean %q?", word)
+		}
+	}
+	return msg
+}
+
+// describe returns a decoded TOML value as a message shows it.
+func describe(value any) string {
+	switch v := value.(type) {
+	case string:
+		const limit = 60 // bytes
+		if len(v) > limit {
+			return fmt.Sprintf("a string of %d bytes", len(v))
+		}
+		return strconv.Quote(v)
+	case map[string]any:
+		return "a table"
+	case []any:
+		return "an array"
+	case []map[string]any:
+		return "an array of tables"
+	case time.Time:
+		return "a date or time"
+	}
+	return fmt.Sprint(value)
+}
+
+func quoted(words []string) []string {
+	q := make([]string, len(words))
+	for i, w := range words {
+		q[i] = strconv.Quote(w)
+	}
+	return q
+}

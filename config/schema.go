@@ -1,0 +1,87 @@
+package config
+
+import (
+	"encoding/json"
+	"fmt"
+	"reflect"
+	"time"
+)
+
+// durationPattern is the form of the durations that a rule allows.
+const durationPattern = `^\+?(0|([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$`
+
+// Schema returns the JSON schema of the file, for editors and other tools.
+func Schema() ([]byte, error) {
+	example := (&Config{Disks: []Disk{{}}}).Effective()
+	root := tableSchema("", reflect.ValueOf(example).Elem())
+	root["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+	root["title"] = "calf configuration"
+	text, err := json.MarshalIndent(root, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("config: encode schema: %w", err)
+	}
+	return append(text, '\n'), nil
+}
+
+// tableSchema describes a table; defaults is the struct behind it, filled with
+// what holds where nothing is said.
+func tableSchema(prefix string, defaults reflect.Value) map[string]any {
+	properties := map[string]any{}
+	for _, f := range fieldsOf(defaults.Type(), prefix) {
+		v := defaults.Field(f.index)
+		var s map[string]any
+		switch {
+		case v.Kind() == reflect.Struct:
+			s = tableSchema(prefix+f.key+".", v)
+		case v.Type() == reflect.TypeFor[[]Disk]():
+			item := tableSchema(prefix+f.key+".", v.Index(0))
+			item["required"] = []string{"path"}
+			s = map[string]any{"type": "array", "items": item}
+		default:
+			s = f.rule.schema(v.Type())
+			if !v.IsZero() && f.key != "queues" { // whose default is the number of CPUs
+				s["default"] = v.Interface()
+			}
+		}
+		s["description"] = f.rule.doc
+		properties[f.key] = s
+	}
+	return map[string]any{"type": "object", "properties": properties, "additionalProperties": false}
+}
+
+// schema describes a value of type t.
+func (r rule) schema(t reflect.Type) map[string]any {
+	switch t {
+	case reflect.TypeFor[bool]():
+		return map[string]any{"type": "boolean", "default": false}
+	case reflect.TypeFor[int]():
+		if !r.powerOfTwo {
+			return map[string]any{"type": "integer", "minimum": r.min, "maximum": r.max}
+		}
+		var powers []uint64
+		for n := r.min; n <= r.max; n *= 2 {
+			powers = append(powers, n)
+		}
+		return map[string]any{"type": "integer", "enum": powers}
+	case reflect.TypeFor[Size]():
+		number := map[string]any{"type": "integer", "minimum": r.min, "maximum": r.max}
+		if r.multipleOf > 0 {
+			number["multipleOf"] = r.multipleOf
+		}
+		return map[string]any{"anyOf": []any{number, map[string]any{"type": "string", "pattern": sizePattern}}}
+	case reflect.TypeFor[time.Duration]():
+		return map[string]any{"type": "string", "pattern": durationPattern}
+	case reflect.TypeFor[[]string]():
+		return map[string]any{"type": "array", "items": r.schema(reflect.TypeFor[string]())}
+	}
+	s := map[string]any{"type": "string"}
+	switch {
+	case len(r.values) > 0:
+		s["enum"] = r.values
+	case r.path:
+		s["minLength"] = 1
+	case r.max > 0:
+		s["maxLength"] = r.max
+	}
+	return s
+}

@@ -1,0 +1,104 @@
+package config
+
+import (
+	"path/filepath"
+	"reflect"
+	"strconv"
+)
+
+// Validate reports every value of c that cannot be, wherever it came from, and
+// what is missing. The error is of type Errors. Call it after the flags have
+// been applied.
+func (c *Config) Validate() error {
+	errs := c.checkDisks()
+	for _, t := range c.tables() {
+		errs = append(errs, c.checkTable(t)...)
+	}
+	if c.Boot.Kernel == "" {
+		errs = append(errs, c.origins[""].errorf("no kernel is given: set kernel in [boot], or use --kernel"))
+	}
+	return errs.sorted()
+}
+
+// table is a struct of a Config with its names.
+type table struct {
+	name, path string
+	value      reflect.Value
+}
+
+// tables returns the tables that c is made of.
+func (c *Config) tables() []table {
+	tables := []table{
+		{"vm", "vm", reflect.ValueOf(&c.VM).Elem()},
+		{"boot", "boot", reflect.ValueOf(&c.Boot).Elem()},
+	}
+	for i := range c.Disks {
+		tables = append(tables, c.diskTable(i))
+	}
+	return tables
+}
+
+func (c *Config) diskTable(i int) table {
+	return table{"disk", diskPath(i), reflect.ValueOf(&c.Disks[i]).Elem()}
+}
+
+// diskPath is the path of a disk in Config.origins.
+func diskPath(i int) string { return "disk[" + strconv.Itoa(i) + "]" }
+
+// checkTable reports the values of t that break a rule. A field that is not set
+// breaks none.
+func (c *Config) checkTable(t table) Errors {
+	var errs Errors
+	for _, f := range fieldsOf(t.value.Type(), t.name+".") {
+		v := t.value.Field(f.index)
+		if v.IsZero() || f.rule.allows(v.Interface()) {
+			continue
+		}
+		errs = append(errs, c.fault(t, f.key, "must be %s, not %v", f.rule.accepts(v.Type()), v.Interface()))
+	}
+	return errs
+}
+
+// checkDisks reports what is missing from disks, and what is wrong between
+// values that are right by themselves.
+func (c *Config) checkDisks() Errors {
+	var errs Errors
+	for i, d := range c.Disks {
+		t := c.diskTable(i)
+		given := func(key string) bool {
+			_, ok := c.origins[t.path+"."+key]
+			return ok
+		}
+		fail := func(key, format string, args ...any) {
+			errs = append(errs, c.fault(t, key, format, args...))
+		}
+		format := orDefault(d.Format, formatOf(d.Path))
+		switch {
+		case d.Path == "" && given("path"), format == "" && given("format"):
+			// It has been refused already.
+		case d.Path == "":
+			fail("path", "is missing: every disk needs the path of an image")
+		case format == "":
+			fail("format", "is missing: %q does not end in .qcow2, and the format is never guessed from content: set format to %q or %q",
+				filepath.Base(d.Path), FormatRaw, FormatQCOW2)
+		case format == FormatRaw && len(d.BackingDirs) > 0:
+			fail("backing_dirs", "means nothing for format %q, which has no backing files: remove it", FormatRaw)
+		case format == FormatRaw && d.L2Cache > 0:
+			fail("l2_cache", "means nothing for format %q, which has no tables: remove it", FormatRaw)
+		}
+	}
+	return errs
+}
+
+// fault is an error about a key of a table. Its place is that of the value, or
+// of the path of the disk, or of the table, whichever has one.
+func (c *Config) fault(t table, key, format string, args ...any) *Error {
+	o, ok := c.origins[t.path+"."+key]
+	if !ok && t.name == "disk" {
+		o, ok = c.origins[t.path+".path"]
+	}
+	if !ok {
+		o = c.origins[t.path]
+	}
+	return o.errorf("%s "+format, append([]any{o.subject(t.name, key)}, args...)...)
+}
