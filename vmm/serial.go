@@ -13,9 +13,10 @@ const (
 	uartMSR  = 6
 	uartSCR  = 7
 
-	ierReceive  = 1 << 0
-	ierTransmit = 1 << 1
-	ierMask     = 0x0F
+	ierReceive    = 1 << 0
+	ierTransmit   = 1 << 1
+	ierLineStatus = 1 << 2
+	ierMask       = 0x0F
 
 	iirNone     = 0x01
 	iirTransmit = 0x02
@@ -39,8 +40,10 @@ type serial struct {
 	out *consoleOutput
 	// interrupt raises the port's edge-triggered interrupt.
 	interrupt func()
-	// opened is called when the guest first asks for receive interrupts, which
-	// Linux does when a process opens the console: the kernel itself, for init.
+	// opened is called when the guest first asks for receive and line-status
+	// interrupts and no others, which is how Linux starts the port when it is
+	// opened: by the kernel itself, for the first process. (A driver that
+	// probes the port sets every bit.)
 	opened func()
 
 	mu          sync.Mutex // guards what follows
@@ -174,7 +177,7 @@ func (s *serial) writeLocked(reg uint16, v byte) {
 			s.transmitted = true
 		}
 		s.ier = v & ierMask
-		if v&ierReceive != 0 && !s.wasOpened {
+		if s.ier == ierReceive|ierLineStatus && !s.wasOpened {
 			s.wasOpened = true
 			s.opened()
 		}
