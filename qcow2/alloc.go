@@ -1,0 +1,117 @@
+package qcow2
+
+import "slices"
+
+// pool is the stock of host clusters that are free to use now: no reference, no
+// pointer to them on stable storage, no I/O that could still reach them. It is
+// guarded by Image.mu.
+type pool struct {
+	free []extent // taken from the front, so that runs stay in file order
+}
+
+func (p *pool) empty() bool { return len(p.free) == 0 }
+
+// take removes up to n contiguous clusters. The result is empty if the pool is.
+func (p *pool) take(n uint64) extent {
+	if len(p.free) == 0 {
+		return extent{}
+	}
+	e := &p.free[0]
+	got := extent{start: e.start, n: min(n, e.n), virgin: e.virgin}
+	e.start, e.n = e.start+got.n, e.n-got.n
+	if e.n == 0 {
+		p.free = p.free[1:]
+	}
+	return got
+}
+
+// put adds clusters, which must not be in the pool.
+func (p *pool) put(e extent) { p.free = appendExtent(p.free, e) }
+
+// putBack returns clusters whose use failed. Part of them may have been written.
+func (p *pool) putBack(e extent) {
+	e.virgin = false
+	p.free = slices.Insert(p.free, 0, e)
+}
+
+// appendExtent appends e to list, merging it with the last extent if it follows.
+func appendExtent(list []extent, e extent) []extent {
+	if k := len(list) - 1; k >= 0 && list[k].start+list[k].n == e.start && list[k].virgin == e.virgin {
+		list[k].n += e.n
+		return list
+	}
+	return append(list, e)
+}
+
+// allocation is a run of guest clusters whose new host clusters are being
+// filled, outside the lock. Until it is published, reads see the old contents
+// and writes to the same guest clusters wait.
+type allocation struct {
+	guest  uint64 // first guest cluster
+	host   extent
+	reused bool  // host clusters that the L2 entries reserve already
+	first  entry // what the first and the last guest cluster were
+	last   entry
+	slice  *slice
+	pin    *pin
+	done   chan struct{} // made by the first to wait, closed at the end
+}
+
+func (a *allocation) end() uint64 { return a.guest + a.host.n }
+
+// wait returns the channel that is closed when a is over. Image.mu is held
+// exclusively.
+func (a *allocation) wait() <-chan struct{} {
+	if a.done == nil {
+		a.done = make(chan struct{})
+	}
+	return a.done
+}
+
+// inflight holds the allocations under way, ascending and disjoint. It is
+// guarded by Image.mu.
+type inflight struct {
+	list []*allocation
+}
+
+// overlapping returns the first allocation that ends after guest cluster c, nil
+// if there is none.
+func (f *inflight) overlapping(c uint64) *allocation {
+	i := f.search(c)
+	if i == len(f.list) {
+		return nil
+	}
+	return f.list[i]
+}
+
+// search returns the index of the first allocation that ends after c.
+func (f *inflight) search(c uint64) int {
+	i, _ := slices.BinarySearchFunc(f.list, c, func(a *allocation, c uint64) int {
+		if a.end() <= c {
+			return -1
+		}
+		return 1
+	})
+	return i
+}
+
+func (f *inflight) add(a *allocation) {
+	f.list = slices.Insert(f.list, f.search(a.guest), a)
+}
+
+func (f *inflight) remove(a *allocation) {
+	i := f.search(a.guest)
+	f.list = slices.Delete(f.list, i, i+1)
+	if a.done != nil {
+		close(a.done)
+	}
+}
+
+// freeBatch is a set of host clusters that lost a reference, with the epoch in
+// which that happened at the latest. Once the removal of the pointers is durable
+// and the epoch is over, their counts are lowered, and those that reach zero
+// return to the pool.
+type freeBatch struct {
+	epoch    uint64
+	clusters []uint64
+}

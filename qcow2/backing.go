@@ -1,0 +1,193 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxLayers is the greatest number of files in a chain of backing files.
+const maxLayers = 64
+
+// backing is what lies under an overlay: where the overlay has no data, its
+// reader sees the backing's, and zeros beyond the backing's end.
+type backing interface {
+	// ReadvAt fills iov from [off, off+length), which lies inside Size.
+	ReadvAt(iov [][]byte, off int64) error
+	Size() int64
+	Close() error
+}
+
+// rawBacking is a raw file under an overlay.
+type rawBacking struct {
+	file file
+	path string
+	size int64
+}
+
+func (r *rawBacking) ReadvAt(iov [][]byte, off int64) error {
+	return inFile(r.path, r.file.ReadvAt(iov, off))
+}
+func (r *rawBacking) Size() int64  { return r.size }
+func (r *rawBacking) Close() error { return r.file.Close() }
+
+// chain is what is known of the layers above the one being opened.
+type chain struct {
+	files []fs.FileInfo
+}
+
+// enter adds the open file f to the chain, unless it is in it already.
+func (c *chain) enter(f *os.File, path string) error {
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	for _, above := range c.files {
+		if os.SameFile(fi, above) {
+			return &Error{Path: path, Kind: ErrCorrupt, What: "the image is its own backing file, through one or more others"}
+		}
+	}
+	if len(c.files) == maxLayers {
+		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers)}
+	}
+	c.files = append(c.files, fi)
+	return nil
+}
+
+// openBacking opens name, the backing file that the image at path names, with
+// the given format, by the trust rule.
+func (c *chain) openBacking(path, name, format string, opts Options) (backing, error) {
+	refused := &Error{Path: path, Kind: ErrBackingRefused}
+	switch {
+	case opts.NoBacking:
+		refused.What = fmt.Sprintf("the image has the backing file %q, and backing files are not allowed here", name)
+		return nil, refused
+	case hasProtocol(name):
+		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)
+		refused.Mend = fmt.Sprintf("name one with: qemu-img rebase -u -F FORMAT -b FILE %s", path)
+		return nil, refused
+	case format == "":
+		refused.What = fmt.Sprintf("the image does not say which format its backing file %q has", name)
+		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", name, path)
+		return nil, refused
+	case format != "qcow2" && format != "raw":
+		return nil, &Error{Path: path, Kind: ErrUnsupported,
+			What: fmt.Sprintf("the format %q of the backing file %q is not supported (qcow2 and raw are)", format, name)}
+	}
+	target := name
+	if !filepath.IsAbs(name) {
+		target = filepath.Join(filepath.Dir(path), name)
+	}
+	f, err := openTrusted(path, target, opts.BackingDirs)
+	if err != nil {
+		return nil, err
+	}
+	if format == "raw" {
+		return c.openRaw(f, target)
+	}
+	opts.ReadOnly = true
+	return openLocked(f, target, opts, c)
+}
+
+func (c *chain) openRaw(f *os.File, path string) (backing, error) {
+	err := c.enter(f, path)
+	if err == nil {
+		err = lockImage(f, path, false)
+	}
+	r := &rawBacking{file: newOSFile(f), path: path}
+	if err == nil {
+		r.size, err = r.file.Size()
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return r, nil
+}
+
+// hasProtocol reports whether QEMU would take name for more than a file name:
+// "json:…", "nbd://…", "file:…".
+func hasProtocol(name string) bool {
+	i := strings.IndexAny(name, ":/")
+	return i >= 0 && name[i] == ':'
+}
+
+// openTrusted opens target for reading iff it lies, all symbolic links resolved,
+// inside the directory of image or inside one of dirs.
+func openTrusted(image, target string, dirs []string) (*os.File, error) {
+	resolved, err := filepath.EvalSymlinks(target)
+	if err != nil {
+		return nil, &Error{Path: image, What: "its backing file cannot be opened", Err: err}
+	}
+	if resolved, err = filepath.Abs(resolved); err != nil {
+		return nil, err
+	}
+	allowed := append([]string{filepath.Dir(image)}, dirs...)
+	if !insideAny(resolved, allowed) {
+		return nil, outside(image, target, resolved)
+	}
+	f, err := openRegular(resolved, os.O_RDONLY|unix.O_NOFOLLOW)
+	if err != nil {
+		return nil, &Error{Path: image, What: "its backing file cannot be opened", Err: err}
+	}
+	// The path may have changed since it was resolved. What was opened cannot
+	// have, so its own name decides.
+	opened, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd()))) //nolint:gosec // G115: a descriptor is a small number
+	if err == nil && !insideAny(opened, allowed) {
+		return nil, errors.Join(outside(image, target, opened), f.Close())
+	}
+	return f, nil
+}
+
+func outside(image, target, resolved string) error {
+	e := &Error{Path: image, Kind: ErrBackingRefused,
+		What: fmt.Sprintf("its backing file %s lies outside the directory of the image", target),
+		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", filepath.Dir(resolved))}
+	if resolved != target {
+		e.What = fmt.Sprintf("its backing file %s, which is %s, lies outside the directory of the image", target, resolved)
+	}
+	return e
+}
+
+// insideAny reports whether the resolved path lies inside one of dirs.
+func insideAny(path string, dirs []string) bool {
+	for _, dir := range dirs {
+		real, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			continue
+		}
+		if real, err = filepath.Abs(real); err != nil {
+			continue
+		}
+		if rel, err := filepath.Rel(real, path); err == nil && filepath.IsLocal(rel) {
+			return true
+		}
+	}
+	return false
+}
+
+// openRegular opens a regular file or a block device. Anything else is refused,
+// and cannot block the open or be changed by it.
+func openRegular(path string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		var pe *fs.PathError
+		if errors.As(err, &pe) {
+			err = pe.Err
+		}
+		return nil, &Error{Path: path, What: "cannot open the image", Err: err}
+	}
+	fi, err := f.Stat()
+	if err == nil && !fi.Mode().IsRegular() && fi.Mode().Type() != fs.ModeDevice {
+		err = &Error{Path: path, Kind: ErrNotQCOW2, What: "not a regular file or a block device"}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}

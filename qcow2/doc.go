@@ -1,0 +1,74 @@
+// Package qcow2 reads and writes QCOW2 disk images, versions 2 and 3, from any
+// number of goroutines at once.
+//
+// # Use
+//
+// Create makes an image, Open opens one with its chain of backing files,
+// OpenScratch puts a throw-away overlay over one. An Image is a disk: ReadAt,
+// WriteAt and their vectored forms at any offset and length, Flush, Close.
+//
+// # What is not done, and said by name
+//
+// Encryption, external data files, extended L2 entries and unknown incompatible
+// features are refused with ErrUnsupported. An image that is marked dirty or
+// corrupt is opened for reading only. Compressed clusters are read; a write to
+// one makes it a normal cluster. Internal snapshots are kept: what they share is
+// copied before it is written.
+//
+// # Trust
+//
+// No size, count or offset from a file is used before it is bounded, and every
+// error names the file and the fault. A backing file is opened only if it lies
+// in the directory of the image that names it or in one the caller lists, and
+// only with a format that the image states. Backing files are opened for reading
+// and locked like the image.
+//
+// # Locks and goroutines
+//
+// In the order in which they are taken:
+//
+//  1. commits.running: held by the one goroutine that commits, across its I/O
+//     and barriers. Flushes wait for it, and writers when too much is dirty.
+//  2. refcounts.mu: held by the commit while it applies counts, and by the
+//     search for free clusters, across their reads and writes.
+//  3. Image.mu, the metadata lock: never held across I/O, on either side. The
+//     shared side is for lookups; the exclusive one for changes to memory, and
+//     short.
+//
+// Reads, and writes to clusters that the image owns alone, look up under the
+// shared side, pin what they found, drop the lock, and move the data straight
+// between the caller's buffers and the file. They allocate nothing. Slices of L2
+// tables that are not in memory are read without the lock, by one goroutine for
+// all that want them.
+//
+// A write to any other cluster reserves host clusters under the exclusive side
+// and registers its guest range; fills them, with copy-on-write of what it does
+// not cover at the head and the tail only, without the lock; and then publishes
+// the new L2 entries under the exclusive side again. Requests that overlap a
+// range being filled wait for that range and nothing else.
+//
+// One goroutine per writable image commits in the background when the dirty
+// slices become many; Close stops it.
+//
+// # Pins and the reuse of clusters
+//
+// A cluster that lost a reference is used again only when (1) a commit has made
+// the removal of the pointer durable, (2) every request that could have seen the
+// pointer is over, which the epochs tell, and (3) its count has been lowered to
+// zero.
+//
+// # What is durable when
+//
+// Memory holds the newest L1 and L2 entries; reference counts follow at the
+// commit. A commit takes the state at one instant and makes it durable in two
+// phases, each ended by one fdatasync: A, raised counts, with guest data and new
+// L2 tables that were written earlier; B, L2 slices and L1 entries. Without
+// changed pointers there is no phase B. Counts are lowered in phase A of a later
+// commit than the one whose phase B removed the pointers. Refcount blocks are
+// made ahead of need with a barrier of their own, and a larger refcount table
+// with two.
+//
+// So at every instant, and after the loss of any unsynced writes, counts are at
+// least as high as the number of pointers, pointers lead to complete contents,
+// and qemu-img check finds leaks at worst.
+package qcow2

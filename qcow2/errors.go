@@ -1,0 +1,97 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+)
+
+// The kinds of failure that a caller may want to tell apart, with errors.Is.
+// Every error of this package that concerns a file is an *Error.
+var (
+	// ErrNotQCOW2 means that the file does not begin with a QCOW2 header.
+	ErrNotQCOW2 = errors.New("qcow2: not a QCOW2 image")
+	// ErrUnsupported means that the image uses a feature that this package
+	// does not have; the message names it.
+	ErrUnsupported = errors.New("qcow2: unsupported feature")
+	// ErrCorrupt means that the image breaks a rule of the format.
+	ErrCorrupt = errors.New("qcow2: corrupt image")
+	// ErrLocked means that another process uses the image.
+	ErrLocked = errors.New("qcow2: image in use")
+	// ErrBackingRefused means that the image names a backing file which the
+	// trust rule does not let it open.
+	ErrBackingRefused = errors.New("qcow2: backing file refused")
+	// ErrReadOnly means that the image was opened for reading.
+	ErrReadOnly = errors.New("qcow2: image is read-only")
+	// ErrRange means that a request does not lie inside [0, Size).
+	ErrRange = errors.New("qcow2: range outside the image")
+	// ErrClosed means that the image was closed.
+	ErrClosed = errors.New("qcow2: image is closed")
+	// ErrFlushFailed means that an earlier flush failed in a way that leaves
+	// unknown what reached stable storage. It stays: no later flush or write
+	// succeeds until the image is opened anew.
+	ErrFlushFailed = errors.New("qcow2: an earlier flush failed")
+	// ErrInvalidOption means that an option given to Create or Open is
+	// impossible.
+	ErrInvalidOption = errors.New("qcow2: invalid option")
+)
+
+// Error says in one sentence which file, what is wrong with it, and how to
+// mend it where there is a way.
+type Error struct {
+	Path string // the file concerned
+	Kind error  // one of the Err variables above, or nil
+	What string // what is wrong
+	Mend string // what the user can do; may be empty
+	Err  error  // the cause; may be nil
+}
+
+func (e *Error) Error() string {
+	s := e.Path + ": " + e.What
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	if e.Mend != "" {
+		s += "; " + e.Mend
+	}
+	return s
+}
+
+// Unwrap makes errors.Is and errors.As see both the kind and the cause.
+func (e *Error) Unwrap() []error {
+	var errs []error
+	if e.Kind != nil {
+		errs = append(errs, e.Kind)
+	}
+	if e.Err != nil {
+		errs = append(errs, e.Err)
+	}
+	return errs
+}
+
+// corruptf returns an ErrCorrupt whose path is not known yet.
+func corruptf(format string, args ...any) *Error {
+	return &Error{Kind: ErrCorrupt, What: fmt.Sprintf(format, args...)}
+}
+
+// inFile sets the path of an *Error that has none, adds "qemu-img check" as the
+// mend of a corruption, and gives any other error the path.
+func inFile(path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var e *Error
+	if !errors.As(err, &e) {
+		return &Error{Path: path, What: "input/output failed", Err: err}
+	}
+	if e.Path == "" {
+		e.Path = path
+		if e.Kind == ErrCorrupt && e.Mend == "" {
+			e.Mend = repairHint(path)
+		}
+	}
+	return err
+}
+
+func repairHint(path string) string {
+	return fmt.Sprintf("to mend it, run: qemu-img check -r all %s", path)
+}

@@ -1,0 +1,99 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"strings"
+)
+
+// Header extension types. Unknown ones are skipped; they survive because the
+// engine rewrites single fields of the header and never the header as a whole.
+const (
+	extEnd           = 0
+	extBackingFormat = 0xe2792aca
+	extFeatureNames  = 0x6803f857
+)
+
+// Types of feature in the feature name table.
+const (
+	featureIncompatible = 0
+	featureNameEntry    = 48 // bytes
+)
+
+// maxBackingFormat is the longest name of a format that QEMU accepts, in bytes.
+const maxBackingFormat = 15
+
+// featureNames maps a type and a bit number to the name that the image gives it.
+type featureNames map[[2]byte]string
+
+func (n featureNames) of(kind byte, bit uint) string {
+	if s := n[[2]byte{kind, byte(bit)}]; s != "" {
+		return fmt.Sprintf("feature %q", s)
+	}
+	return "unknown feature"
+}
+
+// extensions is what the engine uses of the header extensions.
+type extensions struct {
+	backingFormat string // empty if the image does not say
+	features      featureNames
+}
+
+// parseExtensions decodes the extensions in b, the first cluster of the image,
+// whose fixed header h has been validated. A missing end marker is tolerated at
+// the end of the area.
+func parseExtensions(h *header, b []byte) (extensions, error) {
+	x := extensions{features: featureNames{}}
+	end := uint64(len(b))
+	if h.backingOffset != 0 {
+		end = min(end, h.backingOffset)
+	}
+	off := uint64(h.length)
+	for off+8 <= end {
+		kind := binary.BigEndian.Uint32(b[off:])
+		n := uint64(binary.BigEndian.Uint32(b[off+4:]))
+		off += 8
+		if kind == extEnd {
+			break
+		}
+		if n > end-off {
+			return x, corruptf("header extension %#x of %d bytes is too large", kind, n)
+		}
+		data := b[off : off+n]
+		switch kind {
+		case extBackingFormat:
+			if n > maxBackingFormat {
+				return x, corruptf("the name of the backing file's format, %d bytes, is too long", n)
+			}
+			x.backingFormat = string(data)
+		case extFeatureNames:
+			x.features.add(data)
+		}
+		off += (n + 7) &^ 7
+	}
+	return x, nil
+}
+
+func (n featureNames) add(table []byte) {
+	for ; len(table) >= featureNameEntry; table = table[featureNameEntry:] {
+		name, _, _ := strings.Cut(string(table[2:featureNameEntry]), "\x00")
+		n[[2]byte{table[0], table[1]}] = name
+	}
+}
+
+// backingName returns the name of the backing file, empty if there is none. b
+// is the first cluster.
+func backingName(h *header, b []byte) (string, error) {
+	if h.backingOffset == 0 || h.backingSize == 0 {
+		return "", nil
+	}
+	end := h.backingOffset + uint64(h.backingSize)
+	if end > uint64(len(b)) {
+		return "", corruptf("the backing file name is cut off by the end of the file")
+	}
+	name := string(b[h.backingOffset:end])
+	if strings.ContainsRune(name, 0) {
+		return "", corruptf("the backing file name contains a zero byte")
+	}
+	return name, nil
+}

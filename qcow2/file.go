@@ -1,0 +1,66 @@
+package qcow2
+
+import (
+	"errors"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// file is all the engine does with a host file. Tests put recording and failing
+// layers under it. Methods are positional and safe for concurrent use; none
+// keeps iov or changes its elements.
+type file interface {
+	// ReadvAt fills iov from off. What lies past the end of the file reads
+	// as zeros.
+	ReadvAt(iov [][]byte, off int64) error
+	// WritevAt writes all of iov at off, extending the file as needed.
+	WritevAt(iov [][]byte, off int64) error
+	// Fdatasync makes what was written, and the size, durable.
+	Fdatasync() error
+	// Truncate sets the length in bytes.
+	Truncate(size int64) error
+	// Size is the length in bytes.
+	Size() (int64, error)
+	Close() error
+}
+
+// osFile is a file of the host.
+type osFile struct {
+	f  *os.File
+	fd int // of f; valid until Close
+}
+
+var _ file = (*osFile)(nil)
+
+func newOSFile(f *os.File) *osFile { return &osFile{f: f, fd: int(f.Fd())} } //nolint:gosec // G115: a descriptor is a small number
+
+func (o *osFile) Fdatasync() error {
+	for {
+		err := unix.Fdatasync(o.fd)
+		if !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("fdatasync", err)
+		}
+	}
+}
+
+func (o *osFile) Truncate(size int64) error { return o.f.Truncate(size) }
+
+func (o *osFile) Size() (int64, error) {
+	fi, err := o.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if fi.Mode().IsRegular() {
+		return fi.Size(), nil
+	}
+	// A block device: its size is where its end is. All other input and
+	// output is positional, so moving the cursor disturbs nothing.
+	return o.f.Seek(0, 2)
+}
+
+func (o *osFile) Close() error { return o.f.Close() }
+
+// readFull and writeFull are ReadvAt and WritevAt of one buffer.
+func readFull(f file, p []byte, off int64) error  { return f.ReadvAt([][]byte{p}, off) }
+func writeFull(f file, p []byte, off int64) error { return f.WritevAt([][]byte{p}, off) }

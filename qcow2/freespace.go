@@ -1,0 +1,247 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// refillClusters and refillBytes say how much the search for free clusters
+// looks for at a time: whichever is less, but at least one slice of counts.
+const (
+	refillClusters = 4096
+	refillBytes    = 64 << 20
+)
+
+// newBlocksBytes is how much room the refcount blocks that are made together
+// cover at least, where the table has room for them.
+const newBlocksBytes = 8 << 20
+
+// refill finds free clusters and gives them to the pool, making refcount blocks
+// and a larger table where the image has to grow. Image.mu is not held.
+func (m *Image) refill() error {
+	r := m.refs
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m.mu.RLock()
+	empty := m.pool.empty()
+	m.mu.RUnlock()
+	if !empty {
+		return nil // another caller was faster
+	}
+	found, err := r.search()
+	if err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, e := range found {
+		m.pool.put(e)
+	}
+	return nil
+}
+
+// checkFree is the last line of defence against an image whose counts lie: a
+// cluster that holds metadata is never handed out. mu is held exclusively.
+func (m *Image) checkFree(e extent) error {
+	for c := e.start; c < e.start+e.n; c++ {
+		if k := m.meta.at(c); k != metaNone {
+			return corruptf("the cluster at %#x has a reference count of zero but holds the %s", m.offset(c), k)
+		}
+	}
+	return nil
+}
+
+// search moves the cursor until it has found some free clusters. mu is held.
+func (r *refcounts) search() ([]extent, error) {
+	var found []extent
+	want := uint64(min(refillClusters, max(refillBytes>>r.img.clusterBits, 1)))
+	for n := uint64(0); n < want; {
+		block := r.cursor >> r.img.refBlockBits
+		var err error
+		switch {
+		case block < uint64(len(r.table)) && r.table[block] != 0:
+			found, n, err = r.searchSlice(found, n)
+		case n > 0:
+			return found, nil
+		case block < uint64(len(r.table)):
+			err = r.newBlocks(block)
+		default:
+			err = r.growTable()
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// searchSlice appends the free clusters of the slice at the cursor to found and
+// adds their number to n.
+func (r *refcounts) searchSlice(found []extent, n uint64) ([]extent, uint64, error) {
+	s, err := r.slice(r.cursor)
+	if err != nil {
+		return nil, 0, err
+	}
+	mask := uint64(1)<<r.perSlice() - 1
+	end := r.cursor | mask
+	for c := r.cursor; c <= end; c++ {
+		if count(s.b, r.img.refcountOrder, c&mask) != 0 {
+			continue
+		}
+		if c == 0 {
+			return nil, 0, corruptf("the header has a reference count of zero")
+		}
+		n++
+		virgin := c >= r.virgin
+		if k := len(found) - 1; k >= 0 && found[k].start+found[k].n == c && found[k].virgin == virgin {
+			found[k].n++
+		} else {
+			found = append(found, extent{start: c, n: 1, virgin: virgin})
+		}
+	}
+	r.cursor = end + 1
+	return found, n, nil
+}
+
+// newBlocks makes refcount blocks for the entries of the table from first on,
+// which are empty. The blocks lie at the beginning of the range that they count
+// and count themselves. They are durable before the table points to them; that
+// pointer becomes durable with the first barrier of the commit that uses the
+// range. The entries written together share a sector, so none becomes durable
+// without the first, whose block counts them all. mu is held.
+func (r *refcounts) newBlocks(first uint64) error {
+	const perSector = 512 / 8
+	most := min(max(uint64(newBlocksBytes)>>r.img.clusterBits>>r.img.refBlockBits, 1),
+		1<<r.img.refBlockBits, perSector-first%perSector, uint64(len(r.table))-first)
+	n := uint64(1)
+	for n < most && r.table[first+n] == 0 {
+		n++
+	}
+	start := first << r.img.refBlockBits
+	if start == 0 {
+		return corruptf("the reference count table has no block for the header")
+	}
+	if err := r.claim(extent{start: start, n: n}, metaRefBlock); err != nil {
+		return err
+	}
+	if err := r.writeNewBlocks(start, n, n, nil); err != nil {
+		r.disclaim(extent{start: start, n: n})
+		return err
+	}
+	entries := make([]byte, 8*n)
+	for i := range n {
+		binary.BigEndian.PutUint64(entries[8*i:], uint64(r.img.offset(start+i)))
+	}
+	if err := writeFull(r.img.file, entries, r.offset+int64(8*first)); err != nil {
+		// Whether or not the entries are in the file, it is valid, and
+		// another attempt writes the same.
+		r.disclaim(extent{start: start, n: n})
+		return err
+	}
+	for i := range n {
+		r.table[first+i] = uint64(r.img.offset(start + i))
+	}
+	return nil
+}
+
+// writeNewBlocks writes blocks refcount blocks at cluster start, of which the
+// first used counts are one and all others zero, then table behind them, and
+// makes both durable.
+func (r *refcounts) writeNewBlocks(start, blocks, used uint64, table []byte) error {
+	b := make([]byte, int64(blocks)*r.img.clusterSize)
+	for i := range used {
+		setCount(b, r.img.refcountOrder, i, 1)
+	}
+	if err := r.img.file.WritevAt([][]byte{b, table}, r.img.offset(start)); err != nil {
+		return err
+	}
+	return r.img.datasync()
+}
+
+// growTable replaces the table by a longer one. The new table lies just beyond
+// all that the old one counts, behind the blocks that count it. mu is held.
+func (r *refcounts) growTable() error {
+	cs := uint64(r.img.clusterSize)
+	start := r.covered()
+	entries := uint64(len(r.table)) + uint64(len(r.table))/2 + cs/8
+	clusters := (entries*8 + cs - 1) / cs
+	if clusters*cs > maxRefTable {
+		if clusters = maxRefTable / cs; clusters*cs/8 <= uint64(len(r.table)) {
+			return &Error{Kind: ErrUnsupported, What: "the file has reached the greatest size that its cluster size allows"}
+		}
+	}
+	perBlock := uint64(1) << r.img.refBlockBits
+	blocks := uint64(1)
+	for blocks*perBlock < blocks+clusters {
+		blocks++
+	}
+	table := make([]uint64, clusters*cs/8)
+	copy(table, r.table)
+	for i := range blocks {
+		table[uint64(len(r.table))+i] = uint64(r.img.offset(start + i))
+	}
+	area := extent{start: start, n: blocks + clusters}
+	if err := r.claim(area, metaRefBlock); err != nil {
+		return err
+	}
+	if err := r.writeNewBlocks(start, blocks, area.n, encodeEntries(nil, table)); err != nil {
+		r.disclaim(area)
+		return err
+	}
+	return r.switchTable(table, r.img.offset(start+blocks))
+}
+
+// switchTable makes the header point to the new table, which is durable, and
+// frees the old one. On an error the header may point to either; then neither
+// may change any more, and the image takes no further writes.
+func (r *refcounts) switchTable(table []uint64, off int64) error {
+	clusters := uint32(int64(len(table)) * 8 >> r.img.clusterBits) //nolint:gosec // G115: at most 8 MiB
+	var field [12]byte
+	binary.BigEndian.PutUint64(field[:], uint64(off))
+	binary.BigEndian.PutUint32(field[8:], clusters)
+	err := writeFull(r.img.file, field[:], offRefTable)
+	if err == nil {
+		err = r.img.datasync()
+	}
+	if err != nil {
+		return r.img.fail(fmt.Errorf("switching to a larger reference count table: %w", err))
+	}
+	m := r.img
+	old := extent{start: m.cluster(r.offset), n: uint64(len(r.table)) * 8 >> m.clusterBits}
+	r.table, r.offset = table, off
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.meta.remove(old)
+	batch := freeBatch{} // no request reads the table, so any epoch will do
+	for c := old.start; c < old.start+old.n; c++ {
+		batch.clusters = append(batch.clusters, c)
+	}
+	m.released = append(m.released, batch)
+	m.covered = r.covered()
+	return nil
+}
+
+// claim registers new metadata clusters, which must not hold any yet.
+func (r *refcounts) claim(e extent, k metaKind) error {
+	r.img.mu.Lock()
+	defer r.img.mu.Unlock()
+	if err := r.img.checkFree(e); err != nil {
+		return err
+	}
+	r.img.meta.add(e, k)
+	return nil
+}
+
+func (r *refcounts) disclaim(e extent) {
+	r.img.mu.Lock()
+	defer r.img.mu.Unlock()
+	r.img.meta.remove(e)
+}
+
+func decodeTable(b []byte) []uint64 {
+	t := make([]uint64, len(b)/8)
+	for i := range t {
+		t[i] = binary.BigEndian.Uint64(b[8*i:])
+	}
+	return t
+}

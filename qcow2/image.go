@@ -1,0 +1,260 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// Image is an open QCOW2 image: a disk of Size bytes. Its methods are safe for
+// concurrent use by any number of goroutines. See the package documentation for
+// what is ordered with what.
+type Image struct {
+	geometry
+	path     string // for messages
+	file     file
+	readOnly bool
+	size     int64 // of the disk, in bytes
+	backing  backing
+	zlib     bool   // compression type
+	features uint64 // incompatible ones, as in the file at open
+	l1Offset int64
+
+	refs    *refcounts
+	commits commits
+	decoded *decodedCache
+
+	// broken is set once, when the image can no longer be written: found to
+	// be corrupt, or a flush failed. It stays. Any goroutine may set it.
+	broken atomic.Pointer[error]
+
+	// mu is the metadata lock. It is never held across input or output,
+	// neither shared nor exclusively, and is the last in the lock order.
+	mu     sync.RWMutex
+	closed bool     // guarded by mu, as is all that follows
+	l1     []uint64 // as in the file; decoded by decodeL1
+	cache  *sliceCache
+	loads  map[uint64]*flight // slices being read, by ID
+	tables map[uint64]*flight // L2 tables being made, by L1 index
+	meta   metaSet
+	// covered is the number of host clusters that have a reference count.
+	covered  uint64
+	inflight inflight
+	pool     pool
+	epochs   epochs
+
+	// What the next commit has to make durable, beside the dirty slices:
+	dirtyL1 map[uint64]struct{} // changed L1 entries
+	grown   []extent            // clusters that gained their first reference
+	freed   []uint64            // clusters that lost one, once per reference
+	// released lost a reference durably but still count it.
+	released []freeBatch
+}
+
+var (
+	_ io.ReaderAt = (*Image)(nil)
+	_ io.WriterAt = (*Image)(nil)
+	_ io.Closer   = (*Image)(nil)
+)
+
+// Size is the length of the disk in bytes.
+func (m *Image) Size() int64 { return m.size }
+
+// ReadOnly reports whether the image was opened for reading only.
+func (m *Image) ReadOnly() bool { return m.readOnly }
+
+// ClusterSize is the unit of allocation in bytes.
+func (m *Image) ClusterSize() int64 { return m.clusterSize }
+
+// flight is an operation that several goroutines want done and one does.
+type flight struct {
+	done chan struct{}
+	err  error // set before done is closed
+}
+
+// requestState is the scratch memory of one request, reused so that a hot
+// request allocates nothing.
+type requestState struct {
+	iov   [][]byte // what is left of the caller's vector
+	skip  int      // bytes of iov[0] that are done
+	sub   [][]byte // scratch of take
+	used  int      // the greatest length of sub so far
+	one   [1][]byte
+	shard int // of the pins
+}
+
+var (
+	nextShard atomic.Uint32
+	requests  = sync.Pool{New: func() any {
+		return &requestState{shard: int(nextShard.Add(1) % pinShards)}
+	}}
+)
+
+func newRequest(iov [][]byte) *requestState {
+	r := requests.Get().(*requestState)
+	r.iov, r.skip = iov, 0
+	return r
+}
+
+// newRequestOf is newRequest for one buffer.
+func newRequestOf(p []byte) *requestState {
+	r := requests.Get().(*requestState)
+	r.one[0] = p
+	r.iov, r.skip = r.one[:], 0
+	return r
+}
+
+// release gives r back, without references to the caller's buffers.
+func (r *requestState) release() {
+	clear(r.sub[:r.used])
+	r.iov, r.one[0], r.used = nil, nil, 0
+	requests.Put(r)
+}
+
+// take returns the next n bytes of the request's buffers, with prefix before
+// them, and moves past them. The result is valid until the next call.
+func (r *requestState) take(n int64, prefix ...[]byte) [][]byte {
+	r.sub = append(r.sub[:0], prefix...)
+	for n > 0 {
+		b := r.iov[0][r.skip:]
+		if int64(len(b)) > n {
+			b = b[:n]
+			r.skip += int(n)
+		} else {
+			r.iov, r.skip = r.iov[1:], 0
+		}
+		if len(b) > 0 {
+			r.sub = append(r.sub, b)
+		}
+		n -= int64(len(b))
+	}
+	r.used = max(r.used, len(r.sub))
+	return r.sub
+}
+
+// length is the sum of the lengths of iov.
+func length(iov [][]byte) int64 {
+	var n int64
+	for _, b := range iov {
+		n += int64(len(b))
+	}
+	return n
+}
+
+// checkRange returns an error unless [off, off+n) lies inside the disk.
+func (m *Image) checkRange(off, n int64) error {
+	if off < 0 || n < 0 || off > m.size || n > m.size-off {
+		return &Error{Path: m.path, Kind: ErrRange,
+			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, m.size)}
+	}
+	return nil
+}
+
+// usable returns the error that ends all writing, nil if there is none.
+func (m *Image) usable() error {
+	if p := m.broken.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// fail ends all writing with err, which happened while metadata was on its way
+// to stable storage. It returns the error that stays.
+func (m *Image) fail(err error) error {
+	stays := error(&Error{Path: m.path, Kind: ErrFlushFailed,
+		What: "a flush failed and the image takes no more writes", Err: err,
+		Mend: "open it again; what was written since the last flush may be lost"})
+	m.broken.CompareAndSwap(nil, &stays)
+	return m.usable()
+}
+
+// datasync makes all that was written durable. After a failure it is unknown
+// which pages the kernel dropped, so nothing may be built on them.
+func (m *Image) datasync() error {
+	if err := m.file.Fdatasync(); err != nil {
+		return m.fail(err)
+	}
+	return nil
+}
+
+// explain turns an internal error into the one that callers see. A corruption
+// found while writing ends all writing and sets the corrupt bit, so that nobody
+// makes it worse. mu is not held.
+func (m *Image) explain(err error) error {
+	if err == nil {
+		return nil
+	}
+	err = inFile(m.path, err)
+	if errors.Is(err, ErrCorrupt) && !m.readOnly {
+		var e *Error
+		if errors.As(err, &e) && e.Path == m.path {
+			m.markCorrupt(err)
+		}
+	}
+	return err
+}
+
+// markCorrupt makes err the fate of all writes and sets the corrupt bit, where
+// the version has one. Failing to set it changes nothing else.
+func (m *Image) markCorrupt(err error) {
+	if !m.broken.CompareAndSwap(nil, &err) || m.version < 3 {
+		return
+	}
+	if e := m.writeFeature(offIncompatible, m.features|1<<incompatCorrupt); e == nil {
+		_ = m.file.Fdatasync() // best effort: the image is refused in this process anyway
+	}
+}
+
+// closePoll is how often Close looks whether the last request is over.
+const closePoll = time.Millisecond
+
+// Close waits for the requests under way, flushes, and closes the image and its
+// backing files, which ends their locks. It returns the error of the flush.
+// Requests that begin later fail with ErrClosed. A second Close does nothing.
+func (m *Image) Close() error {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return nil
+	}
+	m.closed = true
+	for !m.epochs.idle() {
+		m.mu.Unlock()
+		time.Sleep(closePoll)
+		m.mu.Lock()
+	}
+	m.mu.Unlock()
+	var err error
+	if !m.readOnly {
+		m.commits.stop()
+		err = m.finish()
+	}
+	if m.backing != nil {
+		err = errors.Join(err, m.backing.Close())
+	}
+	return errors.Join(err, m.file.Close())
+}
+
+// finish flushes twice: the first makes the removal of pointers durable, the
+// second lowers the counts of what they pointed to. A corrupt image is left as
+// it is.
+func (m *Image) finish() error {
+	if err := m.usable(); errors.Is(err, ErrCorrupt) {
+		return nil
+	}
+	if err := m.commits.run(m.commit); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	m.epochs.advance()
+	m.epochs.advance()
+	pending := len(m.released) > 0
+	m.mu.Unlock()
+	if !pending {
+		return nil
+	}
+	return m.commits.run(m.commit)
+}

@@ -1,0 +1,217 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+)
+
+// DefaultL2CacheBytes is the memory for L2 tables unless Options say otherwise.
+// It maps 256 GiB of disk at the usual cluster size of 64 KiB.
+const DefaultL2CacheBytes = 32 << 20
+
+// Options say how to open an image. The zero value opens it for writing, with
+// backing files allowed in its own directory only.
+type Options struct {
+	// ReadOnly opens the image for reading. Other readers may share it.
+	ReadOnly bool
+	// NoBacking refuses any image that names a backing file.
+	NoBacking bool
+	// BackingDirs are directories, beside the one of the image that names
+	// it, in which a backing file may lie, at any depth.
+	BackingDirs []string
+	// L2CacheBytes bounds the memory for L2 tables; 0 means
+	// DefaultL2CacheBytes. All of an image's tables take its size divided by
+	// ClusterSize/8. Backing files have a cache of the same size each.
+	L2CacheBytes int64
+}
+
+// Open opens the image at path and its chain of backing files. The image is
+// locked first, in QEMU's way, against other processes and other opens: a
+// writer is alone, readers share. The caller has to Close it.
+//
+// Open writes nothing to the file but the clearing of feature bits that the
+// format requires of a writer (autoclear).
+//
+// The path is not used again once Open returns: a throw-away overlay may be
+// unlinked while open.
+func Open(path string, opts Options) (*Image, error) {
+	return openChain(path, opts, &chain{})
+}
+
+// openChain opens the image at path as the next layer of c.
+func openChain(path string, opts Options, c *chain) (*Image, error) {
+	flags := os.O_RDWR
+	if opts.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := openRegular(path, flags)
+	if err != nil {
+		return nil, err
+	}
+	return openLocked(f, path, opts, c)
+}
+
+// openLocked locks f, then opens the image in it. It takes over f.
+func openLocked(f *os.File, path string, opts Options, c *chain) (*Image, error) {
+	if err := c.enter(f, path); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	if err := lockImage(f, path, !opts.ReadOnly); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return openFile(newOSFile(f), path, opts, c)
+}
+
+// openFile opens the image in f, which is locked. It takes over f.
+func openFile(f file, path string, opts Options, c *chain) (*Image, error) {
+	m := &Image{path: path, file: f, readOnly: opts.ReadOnly}
+	if err := m.load(opts, c); err != nil {
+		err = inFile(path, err)
+		if m.backing != nil {
+			err = errors.Join(err, m.backing.Close())
+		}
+		return nil, errors.Join(err, f.Close())
+	}
+	if !m.readOnly {
+		m.commits.start(m)
+	}
+	return m, nil
+}
+
+// load reads and checks everything that is read at open, in the order in which
+// each step bounds the next: header, extensions, tables, backing files.
+func (m *Image) load(opts Options, c *chain) error {
+	fileSize, err := m.file.Size()
+	if err != nil {
+		return err
+	}
+	h, err := m.loadHeader(fileSize)
+	if err != nil {
+		return err
+	}
+	first := make([]byte, min(int64(1)<<h.clusterBits, fileSize))
+	if err := readFull(m.file, first, 0); err != nil {
+		return err
+	}
+	ext, err := parseExtensions(h, first)
+	if err != nil {
+		return err
+	}
+	if err := h.checkFeatures(ext.features); err != nil {
+		return err
+	}
+	if !m.readOnly {
+		if err := h.checkWritable(m.path); err != nil {
+			return err
+		}
+	}
+	if err := m.loadTables(h, opts, fileSize); err != nil {
+		return err
+	}
+	name, err := backingName(h, first)
+	if err != nil {
+		return err
+	}
+	if name != "" {
+		if m.backing, err = c.openBacking(m.path, name, ext.backingFormat, opts); err != nil {
+			return err
+		}
+	}
+	return m.clearAutoclear(h)
+}
+
+func (m *Image) loadHeader(fileSize int64) (*header, error) {
+	b := make([]byte, min(headerLengthOur, fileSize))
+	if err := readFull(m.file, b, 0); err != nil {
+		return nil, err
+	}
+	h, err := parseHeader(b)
+	if err != nil {
+		return nil, err
+	}
+	return h, h.validate(fileSize)
+}
+
+// loadTables sets up the image from its validated header and reads the L1 table
+// and the refcount table.
+func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
+	m.geometry = newGeometry(h)
+	m.size = int64(h.size) //nolint:gosec // G115: validated
+	m.zlib = h.compression == compressionDeflate
+	m.features = h.incompatible
+	m.l1Offset = int64(h.l1Offset) //nolint:gosec // G115: validated
+	m.decoded = newDecodedCache(m.clusterSize)
+	cacheBytes := opts.L2CacheBytes
+	if cacheBytes == 0 {
+		cacheBytes = DefaultL2CacheBytes
+	}
+	if cacheBytes < 0 {
+		return &Error{Kind: ErrInvalidOption, What: fmt.Sprintf("an L2 cache of %d bytes is impossible", cacheBytes)}
+	}
+	var err error
+	if m.cache, err = newSliceCache(&m.geometry, cacheBytes); err != nil {
+		return err
+	}
+	m.loads = map[uint64]*flight{}
+	m.tables = map[uint64]*flight{}
+	m.dirtyL1 = map[uint64]struct{}{}
+	m.meta = metaSet{}
+	m.epochs.now = firstEpoch
+	if m.l1, err = m.loadTable(h.l1Offset, int64(h.l1Size)*8); err != nil {
+		return err
+	}
+	if m.readOnly {
+		return nil
+	}
+	return m.loadRefcounts(h, fileSize)
+}
+
+func (m *Image) loadRefcounts(h *header, fileSize int64) error {
+	table, err := m.loadTable(h.refTableOffset, int64(h.refTableClusters)<<m.clusterBits)
+	if err != nil {
+		return err
+	}
+	lru, err := simplelru.NewLRU[uint64, *refSlice](refSlices, nil)
+	if err != nil {
+		return err
+	}
+	m.refs = &refcounts{
+		img: m, table: table, offset: int64(h.refTableOffset), slices: lru,
+		virgin: m.cluster(fileSize + m.clusterSize - 1),
+	}
+	m.covered = m.refs.covered()
+	return m.claimTables(h, fileSize)
+}
+
+// loadTable reads n bytes of 8-byte entries at off; both have been checked.
+func (m *Image) loadTable(off uint64, n int64) ([]uint64, error) {
+	b := make([]byte, n)
+	if err := readFull(m.file, b, int64(off)); err != nil { //nolint:gosec // G115: validated
+		return nil, err
+	}
+	return decodeTable(b), nil
+}
+
+// clearAutoclear clears the autoclear bits of an image opened for writing: all
+// stand for data that this engine does not keep up to date. Persistent bitmaps
+// thereby become invalid, which is what their users need to know.
+func (m *Image) clearAutoclear(h *header) error {
+	if m.readOnly || h.autoclear == 0 {
+		return nil
+	}
+	if err := m.writeFeature(offAutoclear, 0); err != nil {
+		return err
+	}
+	return m.file.Fdatasync()
+}
+
+// writeFeature writes one of the feature fields of a version 3 header.
+func (m *Image) writeFeature(off int64, v uint64) error {
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], v)
+	return writeFull(m.file, b[:], off)
+}

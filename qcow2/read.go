@@ -1,0 +1,93 @@
+package qcow2
+
+import "io"
+
+// ReadvAt fills the buffers of iov in order from the bytes at off, which together
+// must lie inside the disk. It neither keeps iov nor changes its elements. On an
+// error the contents of the buffers are undefined.
+func (m *Image) ReadvAt(iov [][]byte, off int64) error {
+	r := newRequest(iov)
+	err := m.read(r, off, length(iov))
+	r.release()
+	return err
+}
+
+// ReadAt implements io.ReaderAt.
+func (m *Image) ReadAt(p []byte, off int64) (int, error) {
+	n := int64(len(p))
+	if off >= 0 && off <= m.size {
+		n = min(n, m.size-off)
+	}
+	r := newRequestOf(p[:n])
+	err := m.read(r, off, n)
+	r.release()
+	if err != nil {
+		return 0, err
+	}
+	if n < int64(len(p)) {
+		return int(n), io.EOF
+	}
+	return int(n), nil
+}
+
+// read fills the buffers of r from [off, off+n), which is all of them.
+func (m *Image) read(r *requestState, off, n int64) error {
+	if err := m.checkRange(off, n); err != nil {
+		return err
+	}
+	for n > 0 {
+		s, err := m.find(off, n, r.shard)
+		if s.miss && err == nil {
+			err = m.loadSlice(s.missID, r.shard)
+		}
+		if err != nil {
+			return m.explain(err)
+		}
+		if s.length == 0 {
+			continue // its slice is loaded now
+		}
+		err = m.readSpan(&s, r.take(s.length), off)
+		s.pin.leave()
+		if err != nil {
+			return m.explain(err)
+		}
+		off, n = off+s.length, n-s.length
+	}
+	return nil
+}
+
+// readSpan fills iov from the span at guest offset off.
+func (m *Image) readSpan(s *span, iov [][]byte, off int64) error {
+	switch s.kind {
+	case kindNormal:
+		return m.file.ReadvAt(iov, s.host)
+	case kindCompressed:
+		return m.readCompressed(entry{kind: s.kind, host: s.host, size: s.size}, iov, m.inCluster(off))
+	case kindUnallocated:
+		return m.readBacking(iov, off)
+	}
+	zeroFrom(iov, 0)
+	return nil
+}
+
+// readBacking fills iov with what lies under the image at off: the backing
+// file's bytes, then zeros.
+func (m *Image) readBacking(iov [][]byte, off int64) error {
+	if m.backing == nil || off >= m.backing.Size() {
+		zeroFrom(iov, 0)
+		return nil
+	}
+	have := m.backing.Size() - off
+	if length(iov) <= have {
+		return m.backing.ReadvAt(iov, off)
+	}
+	zeroFrom(iov, int(have))
+	r := newRequest(iov)
+	err := m.backing.ReadvAt(r.take(have), off)
+	r.release()
+	return err
+}
+
+func (m *Image) errClosed() error {
+	return &Error{Path: m.path, Kind: ErrClosed, What: "the image is closed"}
+}

@@ -1,0 +1,150 @@
+package qcow2
+
+import "encoding/binary"
+
+// loadSlice reads slice id into the cache. Of several callers one reads, without
+// the lock; the others wait for it. Image.mu is not held.
+func (m *Image) loadSlice(id uint64, shard int) error {
+	m.mu.Lock()
+	off, err := m.tableOf(id)
+	if err != nil || off == 0 || m.cache.find(id) != nil {
+		m.mu.Unlock()
+		return err // no table any more, or loaded by now: look it up again
+	}
+	if l := m.loads[id]; l != nil {
+		m.mu.Unlock()
+		<-l.done
+		return l.err
+	}
+	l := &flight{done: make(chan struct{})}
+	m.loads[id] = l
+	// The pin keeps the table's cluster from being reused while it is read,
+	// should the table be copied meanwhile. The copy has the same contents.
+	p := m.epochs.enter(shard)
+	m.mu.Unlock()
+
+	entries, err := m.readSlice(off + m.sliceOffset(id))
+
+	m.mu.Lock()
+	if err == nil {
+		m.cache.add(&slice{id: id, entries: entries})
+	}
+	delete(m.loads, id)
+	l.err = err
+	close(l.done)
+	p.leave()
+	m.mu.Unlock()
+	return err
+}
+
+func (m *Image) readSlice(off int64) ([]uint64, error) {
+	b := make([]byte, m.sliceBytes())
+	if err := readFull(m.file, b, off); err != nil {
+		return nil, err
+	}
+	return decodeTable(b), nil
+}
+
+// tableOf returns the offset of the L2 table that holds slice id, 0 if there is
+// none. mu is held.
+func (m *Image) tableOf(id uint64) (int64, error) {
+	i := m.l1Index(id)
+	return m.decodeL1(m.l1[i], i)
+}
+
+// ownTable makes sure that the L2 table which L1 entry i points to exists and
+// belongs to the active disk alone, so that it may be changed. It makes a table
+// of zeros or a copy. The new table is in the file as a whole before anything
+// points to it, and the next commit's first barrier makes it durable before the
+// L1 entry. Image.mu is not held.
+func (m *Image) ownTable(i uint64, shard int) error {
+	host, p, err := m.reserveTable(i, shard)
+	if err != nil || p == nil {
+		return err
+	}
+	old, err := m.fillTable(i, m.offset(host.start))
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	defer p.leave()
+	f := m.tables[i]
+	delete(m.tables, i)
+	f.err = err
+	close(f.done)
+	if err != nil {
+		m.pool.putBack(host)
+		return err
+	}
+	if old != 0 {
+		m.freed = append(m.freed, m.cluster(old))
+		m.meta.remove(extent{start: m.cluster(old), n: 1})
+	}
+	m.meta.add(host, metaL2)
+	m.grown = appendExtent(m.grown, host)
+	m.l1[i] = uint64(m.offset(host.start)) | entryCopied
+	m.dirtyL1[i] = struct{}{}
+	return nil
+}
+
+// reserveTable reserves the cluster for a new table at L1 entry i and pins the
+// present one. The pin is nil if there is nothing to do, or another caller has
+// done it.
+func (m *Image) reserveTable(i uint64, shard int) (extent, *pin, error) {
+	for {
+		m.mu.Lock()
+		if m.closed {
+			m.mu.Unlock()
+			return extent{}, nil, m.errClosed()
+		}
+		if m.l1[i]&entryCopied != 0 {
+			m.mu.Unlock()
+			return extent{}, nil, nil
+		}
+		if f := m.tables[i]; f != nil {
+			m.mu.Unlock()
+			<-f.done
+			return extent{}, nil, f.err
+		}
+		if host := m.pool.take(1); host.n != 0 {
+			if err := m.checkFree(host); err != nil {
+				m.mu.Unlock()
+				return extent{}, nil, err
+			}
+			m.tables[i] = &flight{done: make(chan struct{})}
+			p := m.epochs.enter(shard)
+			m.mu.Unlock()
+			return host, p, nil
+		}
+		m.mu.Unlock()
+		if err := m.refill(); err != nil {
+			return extent{}, nil, err
+		}
+	}
+}
+
+// fillTable writes the contents of L1 entry i's table to the host offset: those
+// of the present table, whose offset it returns, or zeros. A table that is
+// shared never has dirty slices, so the file has its contents.
+func (m *Image) fillTable(i uint64, host int64) (int64, error) {
+	m.mu.RLock()
+	old, err := m.decodeL1(m.l1[i], i)
+	m.mu.RUnlock()
+	if err != nil {
+		return 0, err
+	}
+	table := make([]byte, m.clusterSize)
+	if old != 0 {
+		if err := readFull(m.file, table, old); err != nil {
+			return 0, err
+		}
+	}
+	return old, writeFull(m.file, table, host)
+}
+
+// encodeEntries appends the file's form of entries to b.
+func encodeEntries(b []byte, entries []uint64) []byte {
+	for _, e := range entries {
+		b = binary.BigEndian.AppendUint64(b, e)
+	}
+	return b
+}
