@@ -1,0 +1,305 @@
+// Package blktest is a conformance suite for implementations of blk.Disk, and
+// a Disk in memory to test their users with.
+package blktest
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"sync"
+	"testing"
+
+	"github.com/calfvm/calf/blk"
+)
+
+// All runs every test of the suite. Each calls newDisk for a disk of its own
+// that reads as zero everywhere, can be written, and has at least 1 MiB; the
+// disk is closed, if at all, by a Cleanup that newDisk registers.
+func All(t *testing.T, newDisk func(tb testing.TB) blk.Disk) {
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T, blk.Disk)
+	}{
+		{"Zero", testZero},
+		{"ReadBack", testReadBack},
+		{"Unaligned", testUnaligned},
+		{"Vectored", testVectored},
+		{"ManyBuffers", testManyBuffers},
+		{"Bounds", testBounds},
+		{"KeepsIOV", testKeepsIOV},
+		{"Flush", testFlush},
+		{"Model", testModel},
+		{"Concurrent", testConcurrent},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			d := newDisk(t)
+			if d.Size() < 1<<20 || d.ReadOnly() {
+				t.Fatalf("the suite needs a writable disk of at least 1 MiB; got %d bytes, read-only %v", d.Size(), d.ReadOnly())
+			}
+			test.run(t, d)
+		})
+	}
+}
+
+// seeded returns a generator whose seed is printed if the test fails.
+func seeded(t *testing.T) *rand.Rand {
+	seed := rand.Uint64()
+	t.Logf("seed %#x", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+func random(r *rand.Rand, n int) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = byte(r.Uint32())
+	}
+	return b
+}
+
+func read(t *testing.T, d blk.Disk, off int64, n int) []byte {
+	t.Helper()
+	b := make([]byte, n)
+	if err := d.ReadvAt([][]byte{b}, off); err != nil {
+		t.Fatalf("read %d bytes at %d: %v", n, off, err)
+	}
+	return b
+}
+
+func write(t *testing.T, d blk.Disk, off int64, bufs ...[]byte) {
+	t.Helper()
+	if err := d.WritevAt(bufs, off); err != nil {
+		t.Fatalf("write at %d: %v", off, err)
+	}
+}
+
+// cut divides b into buffers of random length, some of them empty.
+func cut(r *rand.Rand, b []byte, longest int) [][]byte {
+	var bufs [][]byte
+	for len(b) > 0 {
+		n := min(r.IntN(longest+1), len(b))
+		bufs = append(bufs, b[:n:n])
+		b = b[n:]
+	}
+	return bufs
+}
+
+func testZero(t *testing.T, d blk.Disk) {
+	const n = 64 << 10
+	for _, off := range []int64{0, d.Size() / 2, d.Size() - n} {
+		if !bytes.Equal(read(t, d, off, n), make([]byte, n)) {
+			t.Errorf("a new disk does not read as zero at %d", off)
+		}
+	}
+}
+
+func testReadBack(t *testing.T, d blk.Disk) {
+	r := seeded(t)
+	for _, off := range []int64{0, 512, 65536, d.Size() - 4096} {
+		want := random(r, 4096)
+		write(t, d, off, want)
+		if !bytes.Equal(read(t, d, off, 4096), want) {
+			t.Errorf("what was written at %d does not read back", off)
+		}
+	}
+}
+
+func testUnaligned(t *testing.T, d blk.Disk) {
+	r := seeded(t)
+	before := random(r, 8192)
+	write(t, d, 65536-4096, before)
+	want := bytes.Clone(before)
+	part := random(r, 1237)
+	copy(want[3333:], part)
+	write(t, d, 65536-4096+3333, part)
+	if !bytes.Equal(read(t, d, 65536-4096, 8192), want) {
+		t.Error("an unaligned write did not change just its own bytes")
+	}
+	if !bytes.Equal(read(t, d, 65536-4096+3001, 1999), want[3001:5000]) {
+		t.Error("an unaligned read returned other bytes")
+	}
+}
+
+func testVectored(t *testing.T, d blk.Disk) {
+	r := seeded(t)
+	want := random(r, 200_000)
+	const off = 12345
+	write(t, d, off, cut(r, want, 9000)...)
+	got := make([]byte, len(want))
+	if err := d.ReadvAt(cut(r, got, 7000), off); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("what was written from some buffers does not read back into others")
+	}
+}
+
+// testManyBuffers uses more buffers than one system call takes.
+func testManyBuffers(t *testing.T, d blk.Disk) {
+	r := seeded(t)
+	want := random(r, 3000*16)
+	var out, in [][]byte
+	got := make([]byte, len(want))
+	for i := 0; i < len(want); i += 16 {
+		out = append(out, want[i:i+16])
+		in = append(in, got[i:i+16])
+	}
+	write(t, d, 4096, out...)
+	if err := d.ReadvAt(in, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("what was written from 3000 buffers does not read back into 3000")
+	}
+}
+
+func testBounds(t *testing.T, d blk.Disk) {
+	size := d.Size()
+	kept := random(seeded(t), 4096)
+	write(t, d, size-4096, kept)
+	big := make([]byte, 4096)
+	for _, c := range []struct {
+		name string
+		off  int64
+		bufs [][]byte
+	}{
+		{"negative", -1, [][]byte{big}},
+		{"far negative", math.MinInt64, [][]byte{big}},
+		{"across the end", size - 4095, [][]byte{big}},
+		{"across the end in parts", size - 4096, [][]byte{big, big[:1]}},
+		{"at the end", size, [][]byte{big[:1]}},
+		{"past the end", size + 1, nil},
+		{"far past the end", math.MaxInt64, [][]byte{big}},
+	} {
+		if err := d.ReadvAt(c.bufs, c.off); err == nil {
+			t.Errorf("%s: a read succeeded", c.name)
+		}
+		if err := d.WritevAt(c.bufs, c.off); err == nil {
+			t.Errorf("%s: a write succeeded", c.name)
+		}
+	}
+	if d.Size() != size {
+		t.Errorf("the size went from %d to %d", size, d.Size())
+	}
+	if !bytes.Equal(read(t, d, size-4096, 4096), kept) {
+		t.Error("a refused write has changed the disk")
+	}
+	for _, off := range []int64{0, size} {
+		if err := d.ReadvAt(nil, off); err != nil {
+			t.Errorf("read nothing at %d: %v", off, err)
+		}
+		if err := d.WritevAt([][]byte{{}}, off); err != nil {
+			t.Errorf("write nothing at %d: %v", off, err)
+		}
+	}
+}
+
+// testKeepsIOV checks that neither method changes the slices it is given.
+func testKeepsIOV(t *testing.T, d blk.Disk) {
+	b := make([]byte, 10_000)
+	iov := [][]byte{b[:1000], b[1000:1003], b[1003:]}
+	same := func() {
+		t.Helper()
+		if len(iov[0]) != 1000 || len(iov[1]) != 3 || len(iov[2]) != 8997 || &iov[2][0] != &b[1003] {
+			t.Error("the elements of iov have changed")
+		}
+	}
+	write(t, d, 777, iov...)
+	same()
+	if err := d.ReadvAt(iov, 777); err != nil {
+		t.Fatal(err)
+	}
+	same()
+}
+
+func testFlush(t *testing.T, d blk.Disk) {
+	want := random(seeded(t), 4096)
+	for range 3 {
+		write(t, d, 0, want)
+		if err := d.Flush(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !bytes.Equal(read(t, d, 0, 4096), want) {
+		t.Error("what was flushed does not read back")
+	}
+}
+
+// testModel does random operations on the disk and on a plain slice.
+func testModel(t *testing.T, d blk.Disk) {
+	r := seeded(t)
+	model := make([]byte, 1<<20)
+	base := d.Size() - int64(len(model))
+	for i := range 500 {
+		n := 1 + r.IntN(1<<r.IntN(18))
+		off := r.IntN(len(model) - n + 1)
+		switch r.IntN(8) {
+		case 0:
+			if err := d.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		case 1, 2, 3, 4:
+			b := random(r, n)
+			copy(model[off:], b)
+			write(t, d, base+int64(off), cut(r, b, 1+n/2)...)
+		default:
+			if !bytes.Equal(read(t, d, base+int64(off), n), model[off:off+n]) {
+				t.Fatalf("operation %d: %d bytes at %d differ from the model", i, n, off)
+			}
+		}
+	}
+	if !bytes.Equal(read(t, d, base, len(model)), model) {
+		t.Fatal("the disk differs from the model at the end")
+	}
+}
+
+// testConcurrent lets several goroutines work on interleaved stripes, which no
+// two share but which lie side by side in any larger unit.
+func testConcurrent(t *testing.T, d blk.Disk) {
+	const workers, stripe, stripes = 4, 1536, 40
+	r := seeded(t)
+	var wg sync.WaitGroup
+	errs := make(chan error, workers)
+	for w := range workers {
+		seed := r.Uint64()
+		wg.Go(func() { errs <- stripeWorker(d, w, workers, stripe, stripes, seed) })
+	}
+	wg.Wait()
+	for range workers {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func stripeWorker(d blk.Disk, w, workers, stripe, stripes int, seed uint64) error {
+	r := rand.New(rand.NewPCG(seed, 1))
+	last := make([][]byte, stripes)
+	for i := range last {
+		last[i] = make([]byte, stripe)
+	}
+	for range 300 {
+		i := r.IntN(stripes)
+		off := int64((i*workers + w) * stripe)
+		switch r.IntN(10) {
+		case 0:
+			if err := d.Flush(); err != nil {
+				return err
+			}
+		case 1, 2, 3, 4:
+			last[i] = random(r, stripe)
+			if err := d.WritevAt(cut(r, last[i], stripe), off); err != nil {
+				return err
+			}
+		default:
+			got := make([]byte, stripe)
+			if err := d.ReadvAt([][]byte{got}, off); err != nil {
+				return err
+			}
+			if !bytes.Equal(got, last[i]) {
+				return fmt.Errorf("worker %d: stripe at %d does not hold what was written last", w, off)
+			}
+		}
+	}
+	return nil
+}

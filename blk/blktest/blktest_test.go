@@ -1,0 +1,14 @@
+package blktest_test
+
+import (
+	"testing"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/blk/blktest"
+)
+
+func TestMemory(t *testing.T) {
+	blktest.All(t, func(testing.TB) blk.Disk {
+		return &blktest.Memory{Bytes: make([]byte, 2<<20)}
+	})
+}

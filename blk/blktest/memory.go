@@ -1,0 +1,91 @@
+package blktest
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+
+	"github.com/calfvm/calf/blk"
+)
+
+// ErrReadOnly is what writing to a read-only Memory returns.
+var ErrReadOnly = errors.New("blktest: disk is read-only")
+
+// Memory is a blk.Disk in memory. Reads run side by side, writes one at a time.
+// The zero Memory is an empty disk; set the fields before the first use.
+type Memory struct {
+	Bytes []byte
+	RO    bool
+	// Fault, if it is set, is asked before every call what error it shall
+	// return. op is "read", "write" or "flush".
+	Fault func(op string, off int64) error
+
+	mu      sync.RWMutex
+	flushes atomic.Uint64
+}
+
+var _ blk.Disk = (*Memory)(nil)
+
+// ReadvAt implements blk.Disk.
+func (m *Memory) ReadvAt(iov [][]byte, off int64) error {
+	if err := m.check("read", iov, off); err != nil {
+		return err
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for _, b := range iov {
+		off += int64(copy(b, m.Bytes[off:]))
+	}
+	return nil
+}
+
+// WritevAt implements blk.Disk.
+func (m *Memory) WritevAt(iov [][]byte, off int64) error {
+	if m.RO {
+		return ErrReadOnly
+	}
+	if err := m.check("write", iov, off); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range iov {
+		off += int64(copy(m.Bytes[off:], b))
+	}
+	return nil
+}
+
+func (m *Memory) check(op string, iov [][]byte, off int64) error {
+	if off < 0 || off > m.Size() {
+		return blk.ErrBounds
+	}
+	left := m.Size() - off
+	for _, b := range iov {
+		if left -= int64(len(b)); left < 0 {
+			return blk.ErrBounds
+		}
+	}
+	return m.fault(op, off)
+}
+
+func (m *Memory) fault(op string, off int64) error {
+	if m.Fault == nil {
+		return nil
+	}
+	return m.Fault(op, off)
+}
+
+// Flush implements blk.Disk.
+func (m *Memory) Flush() error {
+	m.flushes.Add(1)
+	return m.fault("flush", 0)
+}
+
+// Flushes returns how often Flush was called.
+func (m *Memory) Flushes() uint64 { return m.flushes.Load() }
+
+// Size implements blk.Disk.
+func (m *Memory) Size() int64 { return int64(len(m.Bytes)) }
+
+// ReadOnly implements blk.Disk.
+func (m *Memory) ReadOnly() bool { return m.RO }
