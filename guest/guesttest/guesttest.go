@@ -156,6 +156,11 @@ func (p *Program) Poll(addr, mask, v uint32) {
 	p.until(func() { p.Read32(addr) }, mask, v)
 }
 
+// Poll8 reads 8 bits at addr until they are v.
+func (p *Program) Poll8(addr uint32, v byte) {
+	p.until(func() { p.Read8(addr) }, 0xFF, uint32(v))
+}
+
 // PollPort reads 16 bits of an I/O port until, masked, they are v.
 func (p *Program) PollPort(port uint16, mask, v uint32) {
 	p.until(func() { p.In16(port) }, mask, v)
