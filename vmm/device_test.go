@@ -261,10 +261,10 @@ func TestBlockDeviceRelocated(t *testing.T) {
 	d.Expect(0xFFFF_0004)
 	d.bar = 0xC100_0000
 	d.Write32(d.config(0x10), d.bar)
-	d.start(msix, 1)
 	_, avail, used := d.ring(0)
 	d.Write32(avail, 0)
 	d.Write32(used, 0)
+	d.start(msix, 1)
 	d.Write32(buffers+0x1000, 0x666C_6163)
 	d.request(0, 0, 1, 2, 512, false, 1)
 	p.Print("ok")
