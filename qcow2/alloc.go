@@ -5,33 +5,42 @@ import "slices"
 // pool is the stock of host clusters that are free to use now: no reference, no
 // pointer to them on stable storage, no I/O that could still reach them. It is
 // guarded by Image.mu.
+//
+// Clusters that were in use before go first, so that the file does not grow
+// while it has holes.
 type pool struct {
-	free []extent // taken from the front, so that runs stay in file order
+	recycled []extent
+	fresh    []extent // in file order, so that what is written together lies together
 }
 
-func (p *pool) empty() bool { return len(p.free) == 0 }
+func (p *pool) empty() bool { return len(p.recycled) == 0 && len(p.fresh) == 0 }
 
 // take removes up to n contiguous clusters. The result is empty if the pool is.
 func (p *pool) take(n uint64) extent {
-	if len(p.free) == 0 {
+	list := &p.recycled
+	if len(*list) == 0 {
+		list = &p.fresh
+	}
+	if len(*list) == 0 {
 		return extent{}
 	}
-	e := &p.free[0]
+	e := &(*list)[0]
 	got := extent{start: e.start, n: min(n, e.n), virgin: e.virgin}
 	e.start, e.n = e.start+got.n, e.n-got.n
 	if e.n == 0 {
-		p.free = p.free[1:]
+		*list = (*list)[1:]
 	}
 	return got
 }
 
-// put adds clusters, which must not be in the pool.
-func (p *pool) put(e extent) { p.free = appendExtent(p.free, e) }
+// put adds clusters that the search for free ones has found.
+func (p *pool) put(e extent) { p.fresh = appendExtent(p.fresh, e) }
 
-// putBack returns clusters whose use failed. Part of them may have been written.
-func (p *pool) putBack(e extent) {
+// recycle adds clusters that have been in use, or whose use failed; part of them
+// may have been written.
+func (p *pool) recycle(e extent) {
 	e.virgin = false
-	p.free = slices.Insert(p.free, 0, e)
+	p.recycled = appendExtent(p.recycled, e)
 }
 
 // appendExtent appends e to list, merging it with the last extent if it follows.

@@ -221,7 +221,7 @@ func (m *Image) recycle(free []uint64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, c := range free {
-		m.pool.put(extent{start: c, n: 1})
+		m.pool.recycle(extent{start: c, n: 1})
 	}
 }
 

@@ -72,7 +72,7 @@ func (m *Image) ownTable(i uint64, shard int) error {
 	f.err = err
 	close(f.done)
 	if err != nil {
-		m.pool.putBack(host)
+		m.pool.recycle(host)
 		return err
 	}
 	if old != 0 {

@@ -216,7 +216,7 @@ func (m *Image) abandon(a *allocation) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !a.reused {
-		m.pool.putBack(a.host)
+		m.pool.recycle(a.host)
 	}
 	m.end(a)
 }

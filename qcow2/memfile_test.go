@@ -1,0 +1,143 @@
+package qcow2
+
+import (
+	"errors"
+	"sync"
+)
+
+// memFile is a file in memory that records what is done to it and fails on
+// demand.
+type memFile struct {
+	mu   sync.Mutex
+	data []byte
+	log  []event // if recording
+	rec  bool
+	// fail, if set, decides before each operation whether it fails. An
+	// operation that fails does nothing, or half if it is a write.
+	fail func(op string) error
+	// noBarrier makes syncs leave no trace: the control of the crash tests.
+	noBarrier func(n int) bool
+	syncs     int
+}
+
+var _ file = (*memFile)(nil)
+
+type eventKind uint8
+
+const (
+	evWrite eventKind = iota
+	evSyncBegin
+	evSyncEnd
+	evMark // of the test; see note
+)
+
+type event struct {
+	kind eventKind
+	off  int64
+	data []byte
+	note any
+	sync int // index in the log of the sync's beginning
+}
+
+func (f *memFile) check(op string) error {
+	if f.fail == nil {
+		return nil
+	}
+	return f.fail(op)
+}
+
+func (f *memFile) ReadvAt(iov [][]byte, off int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.check("read"); err != nil {
+		return err
+	}
+	for _, b := range iov {
+		n := 0
+		if off < int64(len(f.data)) {
+			n = copy(b, f.data[off:])
+		}
+		clear(b[n:])
+		off += int64(len(b))
+	}
+	return nil
+}
+
+func (f *memFile) WritevAt(iov [][]byte, off int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := f.check("write")
+	var all []byte
+	for _, b := range iov {
+		all = append(all, b...)
+	}
+	if err != nil {
+		all = all[:len(all)/2&^511]
+	}
+	if len(all) > 0 {
+		f.data = apply(f.data, all, off)
+		if f.rec {
+			f.log = append(f.log, event{kind: evWrite, off: off, data: all})
+		}
+	}
+	return err
+}
+
+// apply writes b at off into the image and returns it.
+func apply(image, b []byte, off int64) []byte {
+	if end := int(off) + len(b); end > len(image) {
+		image = append(image, make([]byte, end-len(image))...)
+	}
+	copy(image[off:], b)
+	return image
+}
+
+func (f *memFile) Fdatasync() error {
+	f.mu.Lock()
+	f.syncs++
+	err := f.check("sync")
+	traced := f.rec && (f.noBarrier == nil || !f.noBarrier(f.syncs))
+	begin := len(f.log)
+	if traced {
+		f.log = append(f.log, event{kind: evSyncBegin})
+	}
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	if traced {
+		f.log = append(f.log, event{kind: evSyncEnd, sync: begin})
+	}
+	f.mu.Unlock()
+	return nil
+}
+
+// mark adds a note to the log and returns its index.
+func (f *memFile) mark(note any) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.log = append(f.log, event{kind: evMark, note: note})
+	return len(f.log) - 1
+}
+
+func (f *memFile) Truncate(size int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.check("truncate"); err != nil {
+		return err
+	}
+	if size < int64(len(f.data)) {
+		return errors.New("memFile does not shrink")
+	}
+	f.data = append(f.data, make([]byte, size-int64(len(f.data)))...)
+	return nil
+}
+
+func (f *memFile) Size() (int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return int64(len(f.data)), f.check("size")
+}
+
+func (f *memFile) Close() error { return nil }

@@ -1,0 +1,255 @@
+package qcow2
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Images made by QEMU, written by this engine, judged by QEMU; and the reverse.
+func TestDifferential(t *testing.T) {
+	type base struct {
+		format string // empty: none
+		size   int64  // 0: the size of the overlay
+	}
+	none := base{}
+	for _, c := range []struct {
+		options string
+		size    int64
+		base    base
+		packed  bool // start from a compressed image instead of an empty one
+		snap    bool // take an internal snapshot before our writes
+	}{
+		{"compat=0.10", 3 << 20, none, false, false},
+		{"compat=1.1,cluster_size=512", 1<<20 + 512, none, false, false},
+		{"compat=1.1,cluster_size=512,refcount_bits=64", 1 << 20, none, false, true},
+		{"compat=1.1,cluster_size=1k,refcount_bits=1", 1 << 20, none, false, false},
+		{"compat=1.1,cluster_size=1k,refcount_bits=2", 1 << 20, none, false, true},
+		{"compat=1.1,cluster_size=2k,refcount_bits=4", 2 << 20, none, false, true},
+		{"compat=1.1,cluster_size=4k,refcount_bits=8", 2 << 20, none, true, true},
+		{"compat=1.1,cluster_size=16k,refcount_bits=32", 2 << 20, none, true, false},
+		{"compat=1.1,cluster_size=2M", 8 << 20, none, false, true},
+		{"compat=1.1,preallocation=metadata", 4 << 20, none, false, false},
+		{"compat=1.1,lazy_refcounts=on", 4 << 20, none, false, false},
+		{"compat=1.1,compression_type=zstd", 4 << 20, none, true, true},
+		{"compat=1.1,cluster_size=2M,compression_type=zstd", 8 << 20, none, true, false},
+		{"compat=0.10,cluster_size=4k", 2 << 20, none, true, true},
+		{"compat=1.1", 4 << 20, base{"qcow2", 0}, false, false},
+		{"compat=1.1,cluster_size=4k", 4 << 20, base{"qcow2", 1<<20 + 512}, false, true},
+		{"compat=1.1,cluster_size=512", 1 << 20, base{"raw", 3 << 20}, false, false},
+		{"compat=0.10", 4<<20 + 512, base{"raw", 2<<20 + 1024}, false, false},
+		{"compat=1.1,cluster_size=2M", 6 << 20, base{"qcow2", 7 << 20}, false, true},
+	} {
+		name := fmt.Sprintf("%s/%s%d", c.options, c.base.format, c.base.size)
+		t.Run(name, func(t *testing.T) {
+			r := newSeed(t)
+			dir := t.TempDir()
+			model := make([]byte, c.size)
+			path := filepath.Join(dir, "disk.qcow2")
+			args := []string{"create", "-q", "-f", "qcow2", "-o", c.options}
+			switch {
+			case c.base.format != "":
+				under := makeBase(t, r, dir, c.base.format, max(c.base.size, c.size*b2i(c.base.size == 0)))
+				copy(model, under)
+				args = append(args, "-F", c.base.format, "-b", "base."+c.base.format)
+			}
+			if c.packed {
+				patch(r, model, 40)
+				raw := filepath.Join(dir, "model.raw")
+				writeFile(t, raw, model)
+				qemu(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", c.options, raw, path)
+			} else {
+				qemu(t, "qemu-img", append(args, path, fmt.Sprint(c.size))...)
+			}
+			qemuWrite(t, r, path, model, 20)
+			var kept []byte
+			if c.snap {
+				kept = append([]byte(nil), model...)
+				qemu(t, "qemu-img", "snapshot", "-c", "s", path)
+			}
+			for range 2 {
+				ourWrite(t, r, path, model, 60)
+				qemu(t, "qemu-img", "check", "-q", path)
+				qemuWrite(t, r, path, model, 10)
+			}
+			compare(t, dir, path, model)
+			if c.snap {
+				qemu(t, "qemu-img", "snapshot", "-a", "s", path)
+				compare(t, dir, path, kept)
+				qemu(t, "qemu-img", "check", "-q", path)
+			}
+		})
+	}
+}
+
+func b2i(b bool) int64 { return int64(b2u(b)) }
+
+func writeFile(t testing.TB, path string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// patch overwrites n ranges of b with repeated bytes.
+func patch(r *rand.Rand, b []byte, n int) {
+	for range n {
+		off, n := randomRange(r, int64(len(b)), int64(len(b)/8))
+		copy(b[off:off+n], bytes.Repeat([]byte{byte(r.Uint32())}, int(n)))
+	}
+}
+
+// makeBase makes the file base.format in dir and returns its contents.
+func makeBase(t testing.TB, r *rand.Rand, dir, format string, size int64) []byte {
+	t.Helper()
+	b := make([]byte, size)
+	patch(r, b, 20)
+	path := filepath.Join(dir, "base."+format)
+	if format == "raw" {
+		writeFile(t, path, b)
+		return b
+	}
+	raw := filepath.Join(dir, "base.tmp")
+	writeFile(t, raw, b)
+	qemu(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", raw, path)
+	return b
+}
+
+// qemuWrite applies writes, writes of zeroes and discards of n ranges to the
+// image and to the model with qemu-io.
+func qemuWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
+	t.Helper()
+	args := []string{"-f", "qcow2"}
+	for range n {
+		off, n := randomRange(r, int64(len(model)), int64(len(model)/10))
+		off, n = off&^511, n&^511
+		if n == 0 {
+			continue
+		}
+		v := byte(r.Uint32())
+		command := fmt.Sprintf("write -P %d %d %d", v, off, n)
+		if r.IntN(4) == 0 {
+			v, command = 0, fmt.Sprintf("write -z %d %d", off, n)
+		}
+		args = append(args, "-c", command)
+		copy(model[off:off+n], bytes.Repeat([]byte{v}, int(n)))
+	}
+	out := qemu(t, "qemu-io", append(args, path)...)
+	if strings.Contains(out, "failed") {
+		t.Fatalf("qemu-io: %s", out)
+	}
+}
+
+// ourWrite applies n random operations to the image and the model.
+func ourWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
+	t.Helper()
+	m := open(t, path, Options{L2CacheBytes: 1})
+	for range n {
+		off, n := randomRange(r, int64(len(model)), int64(len(model)/10))
+		switch r.IntN(4) {
+		case 0:
+			got := make([]byte, n)
+			if _, err := m.ReadAt(got, off); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, model[off:off+n]) {
+				t.Fatalf("%d bytes at %d differ", n, off)
+			}
+		case 1:
+			if err := m.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		default:
+			fillRandom(r, model[off:off+n])
+			cut := r.Int64N(n + 1)
+			iov := [][]byte{model[off : off+cut], {}, model[off+cut : off+n]}
+			if err := m.WritevAt(iov, off); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	got := make([]byte, m.Size())
+	if err := m.ReadvAt([][]byte{got}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, model) {
+		t.Fatal("the disk differs from the model")
+	}
+	closeImage(t, m)
+}
+
+// compare lets QEMU compare the image with the model.
+func compare(t testing.TB, dir, path string, model []byte) {
+	t.Helper()
+	raw := filepath.Join(dir, "model.raw")
+	writeFile(t, raw, model)
+	qemu(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", raw, path)
+}
+
+// TestGrowRefcountTable writes enough small clusters for the reference count
+// table to be replaced several times.
+func TestGrowRefcountTable(t *testing.T) {
+	r := newSeed(t)
+	for _, bits := range []int{16, 64} {
+		path := create(t, CreateOptions{Size: 40 << 20, ClusterSize: 512, RefcountBits: bits})
+		model := make([]byte, 40<<20)
+		fillRandom(r, model)
+		m := open(t, path, Options{})
+		for off := 0; off < len(model); off += 1 << 20 {
+			if _, err := m.WriteAt(model[off:off+1<<20], int64(off)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		closeImage(t, m)
+		qemu(t, "qemu-img", "check", "-q", path)
+		compare(t, t.TempDir(), path, model)
+		fi, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if most := int64(len(model)) * 11 / 10; fi.Size() > most {
+			t.Errorf("the file has %d bytes, more than %d", fi.Size(), most)
+		}
+	}
+}
+
+// TestUnknownAutoclear shows that unknown autoclear bits go at a writable open
+// and stay at one for reading, and that unknown extensions survive writes.
+func TestUnknownAutoclear(t *testing.T) {
+	path := create(t, CreateOptions{Size: 1 << 20})
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	copy(b[offAutoclear:], []byte{0x80, 0, 0, 0, 0, 0, 0, 1})
+	unknown := appendExtension(nil, 0x12345678, []byte("keep me"))
+	copy(b[headerLengthOur:], append(unknown, b[headerLengthOur:1024]...))
+	writeFile(t, path, b)
+	field := func() byte {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(b[headerLengthOur:headerLengthOur+len(unknown)], unknown) {
+			t.Fatal("the unknown extension is gone")
+		}
+		return b[offAutoclear] | b[offAutoclear+7]
+	}
+	closeImage(t, open(t, path, Options{ReadOnly: true}))
+	if field() != 0x81 {
+		t.Error("a reader changed the autoclear bits")
+	}
+	m := open(t, path, Options{})
+	if field() != 0 {
+		t.Error("a writer left the autoclear bits")
+	}
+	if _, err := m.WriteAt([]byte("x"), 0); err != nil {
+		t.Fatal(err)
+	}
+	closeImage(t, m)
+	field()
+}
