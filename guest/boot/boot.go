@@ -17,7 +17,7 @@ import (
 )
 
 // Where things lie in the first megabyte of the guest. The regions are
-// disjoint; memory_test.go holds them to it.
+// disjoint; TestLayout holds them to it.
 const (
 	gdtAddr       = guest.GPA(0x500)
 	startInfoAddr = guest.GPA(0x6000) // struct hvm_start_info, modules, memory map
