@@ -19,7 +19,18 @@ func (v *verdict) corrupt(format string, args ...any) {
 // bitmaps: it counts the references to each host cluster with as little as
 // possible of the engine's own code and compares them with the image's counts
 // and COPIED flags.
-func checkImage(b []byte) (v verdict) {
+func checkImage(b []byte) verdict {
+	v, _ := inspect(b)
+	return v
+}
+
+// referenced returns the number of references to each host cluster in use.
+func referenced(b []byte) map[uint64]uint64 {
+	_, refs := inspect(b)
+	return refs
+}
+
+func inspect(b []byte) (v verdict, refs map[uint64]uint64) {
 	be := binary.BigEndian
 	at := func(off uint64) uint64 {
 		if off+8 > uint64(len(b)) {
@@ -33,7 +44,7 @@ func checkImage(b []byte) (v verdict) {
 	if be.Uint32(b[4:]) == 3 {
 		order = uint(be.Uint32(b[96:]))
 	}
-	refs := map[uint64]uint64{}
+	refs = map[uint64]uint64{}
 	ref := func(off, n uint64, what string) {
 		if off+n > uint64(len(b))+cs {
 			v.corrupt("%s at %#x is past the end of the file", what, off)
@@ -103,5 +114,5 @@ func checkImage(b []byte) (v verdict) {
 			v.leaks++
 		}
 	}
-	return v
+	return v, refs
 }
