@@ -203,3 +203,6 @@ func (r *Ring) Free() int { return len(r.free) }
 
 // Kick notifies the device.
 func (r *Ring) Kick() { r.m.Write(r.notifyOff, 2, uint64(r.Index)) }
+
+// Moved says that the notify address of the ring is now at.
+func (r *Ring) Moved(at guest.GPA) { r.notifyOff = at }
