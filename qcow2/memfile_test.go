@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"sync"
+	"syscall"
 )
 
 // memFile is a file in memory that records what is done to it and fails on
@@ -21,6 +22,9 @@ type memFile struct {
 }
 
 var _ file = (*memFile)(nil)
+
+// maxMemFile is the greatest length of a memFile, in bytes.
+const maxMemFile = 64 << 20
 
 type eventKind uint8
 
@@ -67,6 +71,9 @@ func (f *memFile) WritevAt(iov [][]byte, off int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	err := f.check("write")
+	if off+length(iov) > maxMemFile {
+		return syscall.EFBIG
+	}
 	var all []byte
 	for _, b := range iov {
 		all = append(all, b...)
