@@ -8,11 +8,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+var ringValue = binary.NativeEndian.AppendUint64(nil, 1)
+
 // ring adds 1 to an eventfd, as the kernel does for a bound address.
 func ring(fd int) {
-	var b [8]byte
-	binary.NativeEndian.PutUint64(b[:], 1)
-	if _, err := unix.Write(fd, b[:]); err != nil {
+	if _, err := unix.Write(fd, ringValue); err != nil {
 		panic("virtiotest: ring: " + err.Error())
 	}
 }

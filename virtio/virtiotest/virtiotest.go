@@ -48,10 +48,14 @@ type mmioRange struct {
 }
 
 // NewMachine returns a machine with zeroed memory.
-func NewMachine() *Machine {
+func NewMachine() *Machine { return NewMachineOf(LowSize) }
+
+// NewMachineOf is NewMachine with only low bytes of low memory, for tests that
+// make machines by the thousand.
+func NewMachineOf(low uint64) *Machine {
 	mem, err := guest.NewMemory(
-		guest.Region{Base: 0, Bytes: make([]byte, LowSize)},
-		guest.Region{Base: HighBase, Bytes: make([]byte, HighSize)},
+		guest.Region{Base: 0, Bytes: make([]byte, low)},
+		guest.Region{Base: HighBase, Bytes: make([]byte, min(HighSize, low))},
 	)
 	if err != nil {
 		panic(err)
@@ -71,7 +75,7 @@ func (m *Machine) Alloc(n, align uint64) guest.GPA {
 	defer m.mu.Unlock()
 	a := (m.next + guest.GPA(align) - 1) &^ guest.GPA(align-1)
 	m.next = a + guest.GPA(n)
-	if m.next > LowSize {
+	if m.next > m.Memory.Regions()[0].End() {
 		panic("virtiotest: out of guest memory")
 	}
 	return a
