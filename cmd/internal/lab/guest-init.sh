@@ -1,0 +1,30 @@
+#!/bin/busybox sh
+# The first process of a guest, as a distribution's initramfs would have it:
+# loads the drivers and hands over to the root file system on the first virtio
+# disk, mounted read-write. What runs there is /script of this initramfs where
+# it has one, else /sbin/init of the root. With noroot on the command line the
+# script runs right here. If it ends, the kernel panics.
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+while read -r module; do
+	insmod "/modules/$module.ko" || exit 1
+done </modules/order
+if grep -qw noroot /proc/cmdline; then
+	exec sh /script
+fi
+i=0
+until [ -b /dev/vda ] || [ $((i += 1)) -gt 100 ]; do
+	sleep 0.1
+done
+mount -t ext4 /dev/vda /root || exit 1
+for dir in dev proc sys; do
+	mount -o move "/$dir" "/root/$dir"
+done
+if [ -f /script ]; then
+	mount -t tmpfs run /root/run
+	cp /script /root/run/script
+	exec switch_root /root /bin/sh /run/script
+fi
+exec switch_root /root /sbin/init

@@ -1,0 +1,22 @@
+#!/bin/busybox sh
+# The first process of the outer machine: loads the drivers, mounts the root
+# disk and the scratch disk, and hands over to the agent. If it fails, it ends,
+# the kernel panics, and the machine stops.
+set -e
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+while read -r module; do
+	insmod "/modules/$module.ko"
+done </modules/order
+mount -t ext4 -o noatime /dev/vda /root
+mount -t ext4 -o noatime /dev/vdb /root/lab
+for dir in dev proc sys; do
+	mount -o move "/$dir" "/root/$dir"
+done
+mount -t tmpfs tmp /root/tmp
+mkdir /root/dev/shm
+mount -t tmpfs shm /root/dev/shm
+ip link set lo up
+CALF_LAB=init LD_LIBRARY_PATH=/lab/lib exec switch_root /root /lab/bin/lab
