@@ -28,6 +28,7 @@ type board struct {
 	pci    *pciBus
 	pm     *powerManager
 	serial *serial
+	entry  boot.Entry
 	vcpus  []*vcpu
 
 	// coalescedMu serialises readers of the ring of coalesced writes.
@@ -49,10 +50,22 @@ type board struct {
 // instruction. On an error nothing is left of it.
 func newBoard(m *Machine) (*board, error) {
 	b := &board{m: m, ended: make(chan struct{}), booted: make(chan struct{})}
-	for _, step := range []func() error{b.createVM, b.createMemory, b.createDevices, b.createDisks, b.load} {
-		if err := step(); err != nil {
+	steps := []struct {
+		done string
+		do   func() error
+	}{
+		{"created the VM", b.createVM},
+		{"mapped memory", b.createMemory},
+		{"created the devices", b.createDevices},
+		{"created the disks", b.createDisks},
+		{"loaded the kernel", b.load},
+		{"created the vCPUs", b.createVCPUs},
+	}
+	for _, step := range steps {
+		if err := step.do(); err != nil {
 			return nil, errors.Join(err, b.close())
 		}
+		m.phase(step.done)
 	}
 	return b, nil
 }
@@ -184,7 +197,7 @@ func (b *board) createDisk(d Disk) error {
 	return b.pci.plug(fn)
 }
 
-// load puts the kernel and the ACPI tables into memory and makes the vCPUs.
+// load puts the ACPI tables and the kernel into memory.
 func (b *board) load() error {
 	tables := acpi.Build(uint64(boot.ACPITables), acpi.Config{
 		CPUs:          b.m.cfg.CPUs,
@@ -209,12 +222,11 @@ func (b *board) load() error {
 	if err := b.mem.Write(boot.ACPITables, tables); err != nil {
 		return fmt.Errorf("%w: %d KiB of memory do not hold a PC; ask for more", ErrConfig, b.m.cfg.Memory>>10)
 	}
-	entry, err := b.loadKernel()
-	if err != nil {
+	var err error
+	if b.entry, err = b.loadKernel(); err != nil {
 		return fmt.Errorf("%w: kernel %q: %w", ErrConfig, b.m.cfg.Kernel, err)
 	}
-	b.m.phase("loaded the kernel")
-	return b.createVCPUs(entry)
+	return nil
 }
 
 // ownCmdline is what the machine needs the kernel to know: where the console
@@ -245,7 +257,7 @@ func (b *board) loadKernel() (boot.Entry, error) {
 	return boot.Load(b.mem, cfg)
 }
 
-func (b *board) createVCPUs(entry boot.Entry) error {
+func (b *board) createVCPUs() error {
 	tscDeadline := b.m.sys.Extension(kvm.CapTSCDeadlineTimer) != 0
 	for id := range b.m.cfg.CPUs {
 		k, err := b.vm.CreateVCPU(id)
@@ -254,7 +266,7 @@ func (b *board) createVCPUs(entry boot.Entry) error {
 		}
 		b.onClose(k.Close)
 		c := &vcpu{id: id, kvm: k, board: b, done: make(chan struct{})}
-		if err := c.setUp(cpuidFor(b.m.cpuid, id, b.m.cfg.CPUs, tscDeadline), entry); err != nil {
+		if err := c.setUp(cpuidFor(b.m.cpuid, id, b.m.cfg.CPUs, tscDeadline), b.entry); err != nil {
 			return fmt.Errorf("vCPU %d: %w", id, err)
 		}
 		b.vcpus = append(b.vcpus, c)
