@@ -92,7 +92,15 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		return c.openRaw(f, target)
 	}
 	opts.ReadOnly = true
-	return openLocked(f, target, opts, c)
+	return asBacking(openLocked(f, target, opts, c))
+}
+
+// asBacking keeps a nil *Image from becoming a backing that is not nil.
+func asBacking(m *Image, err error) (backing, error) {
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 func (c *chain) openRaw(f *os.File, path string) (backing, error) {

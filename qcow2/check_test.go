@@ -56,7 +56,7 @@ func inspect(b []byte) (v verdict, refs map[uint64]uint64) {
 	}
 	ref(0, cs, "header")
 	l1, l1n := be.Uint64(b[40:]), uint64(be.Uint32(b[36:]))
-	ref(l1, max(l1n*8, 1), "L1 table")
+	ref(l1, l1n*8, "L1 table")
 	rt, rtn := be.Uint64(b[48:]), uint64(be.Uint32(b[56:]))<<bits
 	ref(rt, rtn, "refcount table")
 	for i := range rtn / 8 {

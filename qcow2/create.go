@@ -78,7 +78,7 @@ func (o *CreateOptions) header() (*header, error) {
 		return nil, invalidOption("a disk of %d bytes is too large for clusters of %d bytes", o.Size, 1<<h.clusterBits)
 	}
 	cs := uint64(1) << h.clusterBits
-	l1Clusters := max(1, (l1*8+cs-1)/cs)
+	l1Clusters := (l1*8 + cs - 1) / cs
 	blocks, table := uint64(1), uint64(1)
 	for {
 		total := 1 + table + blocks + l1Clusters
@@ -216,7 +216,7 @@ func featureTable() []byte {
 // and makes it durable.
 func writeImage(f file, h *header, first []byte) error {
 	cs := uint64(1) << h.clusterBits
-	used := h.l1Offset/cs + max(1, (uint64(h.l1Size)*8+cs-1)/cs)
+	used := h.l1Offset/cs + (uint64(h.l1Size)*8+cs-1)/cs
 	blocksAt := h.refTableOffset + uint64(h.refTableClusters)*cs
 	blocks := (h.l1Offset - blocksAt) / cs
 	if err := f.Truncate(int64(used * cs)); err != nil { //nolint:gosec // G115: a few dozen MiB at most
@@ -281,7 +281,7 @@ func openBase(base, format string, opts Options) (backing, error) {
 	opts.ReadOnly = true
 	switch format {
 	case "qcow2":
-		return openChain(base, opts, &chain{})
+		return asBacking(openChain(base, opts, &chain{}))
 	case "raw":
 		f, err := openRegular(base, os.O_RDONLY)
 		if err != nil {

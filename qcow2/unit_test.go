@@ -1,0 +1,146 @@
+package qcow2
+
+import (
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestCount(t *testing.T) {
+	r := newSeed(t)
+	for order := range uint(7) {
+		const n = 64
+		b := make([]byte, n<<order/8)
+		want := make([]uint64, n)
+		for range 500 {
+			i := r.IntN(n)
+			want[i] = r.Uint64() >> (64 - 1<<order)
+			setCount(b, order, uint64(i), want[i])
+		}
+		got := make([]uint64, n)
+		for i := range got {
+			got[i] = count(b, order, uint64(i))
+		}
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("order %d: %s", order, d)
+		}
+	}
+	// The format's own order: the first of the narrow counts is the lowest bit.
+	if b := []byte{0b10_01_00_11}; count(b, 1, 0) != 3 || count(b, 1, 2) != 1 || count(b, 1, 3) != 2 || count(b, 0, 7) != 1 {
+		t.Error("narrow counts are in the wrong order")
+	}
+}
+
+func TestCreateOptions(t *testing.T) {
+	for _, c := range []struct {
+		opts CreateOptions
+		says string
+	}{
+		{CreateOptions{Size: -1}, "impossible"},
+		{CreateOptions{ClusterSize: 1000}, "cluster size of 1000"},
+		{CreateOptions{ClusterSize: 256}, "cluster size of 256"},
+		{CreateOptions{ClusterSize: 4 << 20}, "cluster size"},
+		{CreateOptions{Version: 4}, "version 4"},
+		{CreateOptions{RefcountBits: 3}, "3 bits"},
+		{CreateOptions{RefcountBits: 128}, "128 bits"},
+		{CreateOptions{Version: 2, RefcountBits: 8}, "16 bits only"},
+		{CreateOptions{BackingFile: "x"}, "go together"},
+		{CreateOptions{BackingFile: "x", BackingFormat: "vmdk"}, `"vmdk"`},
+		{CreateOptions{BackingFile: strings.Repeat("x", 1024), BackingFormat: "raw"}, "too long"},
+		{CreateOptions{BackingFile: strings.Repeat("x", 500), BackingFormat: "raw", ClusterSize: 512}, "too long"},
+		{CreateOptions{Size: 1<<37 + 1, ClusterSize: 512}, "too large"},
+	} {
+		path := t.TempDir() + "/disk.qcow2"
+		err := Create(path, c.opts)
+		if !errors.Is(err, ErrInvalidOption) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%+v: got %v", c.opts, err)
+		}
+		if _, err := os.Stat(path); !os.IsNotExist(err) {
+			t.Errorf("%+v: left a file", c.opts)
+		}
+	}
+	path := create(t, CreateOptions{})
+	before, _ := os.ReadFile(path)
+	if err := Create(path, CreateOptions{Size: 1 << 30}); !errors.Is(err, os.ErrExist) {
+		t.Errorf("over an existing image: %v", err)
+	}
+	if after, _ := os.ReadFile(path); string(after) != string(before) {
+		t.Error("an existing image was changed")
+	}
+}
+
+// TestCreateCheck lets QEMU check what Create makes, to the limits of size.
+func TestCreateCheck(t *testing.T) {
+	for _, opts := range []CreateOptions{
+		{},
+		{Size: 1 << 50},
+		{Size: 1 << 37, ClusterSize: 512},
+		{Size: 1 << 37, ClusterSize: 512, RefcountBits: 64},
+		{Size: 1<<30 + 1, ClusterSize: 2 << 20, RefcountBits: 1},
+		{Size: 1 << 30, Version: 2},
+	} {
+		path := create(t, opts)
+		qemu(t, "qemu-img", "check", "-q", path)
+		m := open(t, path, Options{})
+		if m.Size() != opts.Size {
+			t.Errorf("size %d, want %d", m.Size(), opts.Size)
+		}
+		if n := min(m.Size(), 10); n > 0 {
+			if _, err := m.WriteAt(make([]byte, n), m.Size()-n); err != nil {
+				t.Error(err)
+			}
+		}
+		closeImage(t, m)
+		qemu(t, "qemu-img", "check", "-q", path)
+	}
+}
+
+func TestRanges(t *testing.T) {
+	const size = 1<<20 + 100
+	m := open(t, create(t, CreateOptions{Size: size}), Options{})
+	b := make([]byte, 200)
+	for _, off := range []int64{-1, size - 199, size, size + 1, 1<<63 - 1} {
+		if err := m.ReadvAt([][]byte{b}, off); !errors.Is(err, ErrRange) {
+			t.Errorf("read at %d: %v", off, err)
+		}
+		if err := m.WritevAt([][]byte{b}, off); !errors.Is(err, ErrRange) {
+			t.Errorf("write at %d: %v", off, err)
+		}
+	}
+	if err := errors.Join(m.ReadvAt(nil, size), m.WritevAt([][]byte{{}}, size)); err != nil {
+		t.Errorf("nothing at the end: %v", err)
+	}
+	if n, err := m.ReadAt(b, size-150); n != 150 || err != io.EOF {
+		t.Errorf("ReadAt across the end: %d, %v", n, err)
+	}
+	closeImage(t, m)
+	m = open(t, m.path, Options{ReadOnly: true})
+	if _, err := m.WriteAt(b, 0); !errors.Is(err, ErrReadOnly) || !m.ReadOnly() {
+		t.Errorf("write to a read-only image: %v", err)
+	}
+	if err := m.Flush(); err != nil {
+		t.Errorf("flush of a read-only image: %v", err)
+	}
+}
+
+// TestOpenErrors shows the sentences for files that are no images.
+func TestOpenErrors(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, dir+"/text", []byte("hello"))
+	writeFile(t, dir+"/empty", nil)
+	writeFile(t, dir+"/short", []byte("QFI\xfb\x00\x00\x00\x03"))
+	for name, want := range map[string]error{
+		"missing": os.ErrNotExist, "text": ErrNotQCOW2, "empty": ErrNotQCOW2, "short": ErrNotQCOW2, ".": nil,
+	} {
+		path := dir + "/" + name
+		_, err := Open(path, Options{})
+		if err == nil || want != nil && !errors.Is(err, want) || !strings.HasPrefix(err.Error(), path+": ") || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", name, err)
+		}
+		t.Log(err)
+	}
+}
