@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -284,6 +285,36 @@ func TestMemoryMap(t *testing.T) {
 	// 5 GiB of RAM that the test machine need not have.
 	if got, console := run(t, &p, func(c *vmm.Config) { c.Memory = 5 << 30 }); got != vmm.PowerOff {
 		t.Errorf("the guest ended with %v, console %q", got, console)
+	}
+}
+
+// TestProcessors starts every other vCPU as a kernel does, by INIT and
+// start-up interrupts, and has each count itself.
+func TestProcessors(t *testing.T) {
+	const (
+		startPage = 8 // of the real-mode code, in pages
+		counter   = 0x9000
+		icr       = 0xFEE0_0300
+		allOthers = 3 << 18
+		initIPI   = 5<<8 | 1<<14
+		startIPI  = 6<<8 | 1<<14
+	)
+	for _, cpus := range []int{1, 2, 16, 32} {
+		t.Run(fmt.Sprintf("cpus=%d", cpus), func(t *testing.T) {
+			var p guesttest.Program
+			// lock inc dword [counter]; hlt; jmp -3
+			for i, b := range []byte{0xF0, 0x66, 0xFF, 0x06, counter & 0xFF, counter >> 8, 0xF4, 0xEB, 0xFD} {
+				p.Write8(startPage<<12+uint32(i), b)
+			}
+			p.Write32(0xFEE0_00F0, 0x1FF) // local APIC on
+			p.Write32(icr, allOthers|initIPI)
+			p.Write32(icr, allOthers|startIPI|startPage)
+			p.Poll(counter, 0xFFFF_FFFF, uint32(cpus-1))
+			p.PowerOff()
+			if got, console := run(t, &p, func(c *vmm.Config) { c.CPUs = cpus }); got != vmm.PowerOff {
+				t.Errorf("the guest ended with %v, console %q", got, console)
+			}
+		})
 	}
 }
 
