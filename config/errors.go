@@ -13,10 +13,11 @@ import (
 type Error struct {
 	// File, Line and Column are the place in a file, counted from 1, columns
 	// in characters. File is empty for what did not come from a file.
-	File         string
-	Line, Column int
+	File   string `json:"file,omitempty"`
+	Line   int    `json:"line,omitempty"`
+	Column int    `json:"column,omitempty"`
 	// Message names the key or the flag and says what would be right.
-	Message string
+	Message string `json:"message"`
 }
 
 func (e *Error) Error() string {

@@ -1,0 +1,75 @@
+// Command calf boots Linux guests from QCOW2 images on KVM.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/calfvm/calf/cmd/internal/console"
+	"github.com/calfvm/calf/cmd/internal/launch"
+)
+
+func main() {
+	if len(os.Args) == 2 && os.Args[1] == console.GuardCommand {
+		if console.Guard() != nil {
+			os.Exit(launch.ExitError)
+		}
+		return
+	}
+	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// run runs calf with the given arguments and returns its exit code.
+func run(args []string, stdin, stdout, stderr *os.File) int {
+	streams := console.Streams{In: stdin, Out: stdout, Messages: console.NewMessages(stderr)}
+	root := newRoot(streams)
+	root.SetArgs(args)
+	err := root.Execute()
+	var exit exitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &exit):
+		complain(streams.Messages, exit.message)
+		return exit.code
+	}
+	complain(streams.Messages, err.Error())
+	return launch.ExitError
+}
+
+// exitError ends calf with a code that is not the usual one for errors.
+type exitError struct {
+	code    int
+	message string // empty if there is nothing to say
+}
+
+func (e exitError) Error() string { return e.message }
+
+// complain writes each line of a message under calf's name.
+func complain(w io.Writer, message string) {
+	for line := range strings.Lines(message) {
+		fmt.Fprintf(w, "calf: %s\n", strings.TrimSuffix(line, "\n"))
+	}
+}
+
+func newRoot(streams console.Streams) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "calf",
+		Short: "Boot Linux guests from QCOW2 images",
+		Long: `calf is a microVM monitor: it boots Linux guests from QCOW2 images on KVM,
+described by a TOML file, by flags, or by both.`,
+		Example:       "  calf run --kernel vmlinuz debian-12.qcow2\n  calf run ci.toml",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.SetIn(streams.In)
+	root.SetOut(streams.Out)
+	root.SetErr(streams.Messages)
+	root.AddCommand(newRun(streams), newConfig(), newVersion())
+	return root
+}

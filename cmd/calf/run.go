@@ -1,0 +1,217 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/calfvm/calf/cmd/internal/console"
+	"github.com/calfvm/calf/cmd/internal/launch"
+	"github.com/calfvm/calf/config"
+)
+
+// overrides are the flags that hold the value of a key of the file.
+var overrides = []struct{ flag, key, usage string }{
+	{"kernel", "boot.kernel", "Linux kernel, a bzImage or an ELF vmlinux: `FILE`"},
+	{"initrd", "boot.initrd", "initial RAM disk: `FILE`"},
+	{"cmdline", "boot.cmdline", "kernel `PARAMETERS`, appended to calf's own"},
+	{"cpus", "vm.cpus", "`NUMBER` of virtual CPUs (default 1)"},
+	{"memory", "vm.memory", "guest memory, a `SIZE` such as 2G (default 512MiB)"},
+	{"timeout", "vm.timeout", "end the run after this `DURATION`, such as 10m; 0 for never"},
+	{"boot-timeout", "vm.boot_timeout", "end the run if the guest is not up after this `DURATION`"},
+}
+
+// runFlags are the flags of calf run that are not keys of the file.
+type runFlags struct {
+	disks      []string
+	snapshot   bool
+	noSnapshot bool
+	console    string
+	logLevel   string
+	dryRun     bool
+	json       string
+	noReboot   bool
+}
+
+func newRun(streams console.Streams) *cobra.Command {
+	var f runFlags
+	cmd := &cobra.Command{
+		Use:   "run [CONFIG.toml | IMAGE.qcow2] [flags]",
+		Short: "Boot a guest and wait for its end",
+		Long: `Boot a guest and wait for its end.
+
+The guest is described by a TOML file, by a QCOW2 image that becomes its first
+disk, or by flags alone. A flag overrides the file; --disk adds a disk, or
+changes the keys of the disk of the file that has the same path.
+
+With an IMAGE, writes go to a throw-away overlay and the image stays as it is;
+the disks of a file, and those of --disk without an IMAGE, are written unless
+they say snapshot. --snapshot and --no-snapshot decide for all disks.
+
+On a terminal, every key goes to the guest; Ctrl-A x ends the guest and Ctrl-A
+Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
+second one ends it.
+
+Exit codes:
+  0      the guest powered off (with --no-reboot, or restarted)
+  124    a timeout fired
+  125    the configuration or the host is at fault; the message says how
+  128+N  the run was ended by signal N (130 by Ctrl-A x)
+  255    the guest panicked or triple-faulted`,
+		Example: `  calf run ci.toml
+  calf run --kernel vmlinuz --memory 1G --cpus 2 debian-12.qcow2
+  calf run ci.toml --disk scratch.img,format=raw,serial=scratch --timeout 10m --json result.json`,
+		ValidArgsFunction: filesNamed("toml", "qcow2"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return f.run(cmd, args, streams)
+		},
+	}
+	f.define(cmd)
+	return cmd
+}
+
+func (f *runFlags) define(cmd *cobra.Command) {
+	flags := cmd.Flags()
+	flags.SortFlags = false
+	for _, o := range overrides {
+		flags.String(o.flag, "", o.usage)
+	}
+	flags.StringArrayVar(&f.disks, "disk", nil, "a disk: `PATH[,key=value…]` with the keys of [[disk]]; may be repeated")
+	flags.BoolVar(&f.snapshot, "snapshot", false, "send the writes of all disks to throw-away overlays")
+	flags.BoolVar(&f.noSnapshot, "no-snapshot", false, "write all disks themselves")
+	flags.StringVar(&f.console, "console", "stdio", "the guest's console: stdio, file:PATH, pty or none, as `WHERE`")
+	flags.StringVar(&f.logLevel, "log-level", "warn", "which messages to print: debug, info, warn or error, as `LEVEL`")
+	flags.BoolVar(&f.dryRun, "dry-run", false, "check everything that needs no KVM and print the effective configuration")
+	flags.StringVar(&f.json, "json", "", "write the result of the run to `FILE`")
+	flags.BoolVar(&f.noReboot, "no-reboot", false, "end the run where the guest would restart")
+	cmd.MarkFlagsMutuallyExclusive("snapshot", "no-snapshot")
+	cmd.MarkFlagsMutuallyExclusive("dry-run", "json")
+	complete := map[string][]string{
+		"console":   {"stdio", "file:", "pty", "none"},
+		"log-level": {"debug", "info", "warn", "error"},
+	}
+	for name, words := range complete {
+		if err := cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+			panic("BUG: " + err.Error())
+		}
+	}
+}
+
+// run does what the command line asks for.
+func (f *runFlags) run(cmd *cobra.Command, args []string, streams console.Streams) error {
+	if f.json != "" {
+		if err := checkResultFile(f.json); err != nil {
+			return fmt.Errorf("--json: %w", err)
+		}
+	}
+	cfg, opts, err := f.prepare(cmd, args, streams)
+	if err == nil && f.dryRun {
+		if err := launch.Check(cfg); err != nil {
+			return err
+		}
+		return printTOML(cmd, cfg)
+	}
+	var result launch.Result
+	if err != nil {
+		result = launch.Failed(err)
+	} else {
+		result = launch.Run(cfg, opts)
+	}
+	if f.json != "" {
+		if err := writeResult(f.json, result); err != nil {
+			return fmt.Errorf("write the result: %w", err)
+		}
+	}
+	if result.ExitCode == 0 && result.Message == "" {
+		return nil
+	}
+	return exitError{result.ExitCode, result.Message}
+}
+
+// prepare turns the command line into a valid configuration and options.
+func (f *runFlags) prepare(cmd *cobra.Command, args []string, streams console.Streams) (*config.Config, launch.Options, error) {
+	opts := launch.Options{NoReboot: f.noReboot, Streams: streams}
+	if dash := cmd.ArgsLenAtDash(); dash >= 0 && dash < len(args) {
+		return nil, opts, errors.New("running a command in the guest is not supported by this version of calf: boot without one")
+	}
+	var err error
+	if opts.Console, err = console.ParseSpec(f.console); err != nil {
+		return nil, opts, fmt.Errorf("--console: %w", err)
+	}
+	var level slog.Level
+	switch f.logLevel {
+	case "debug", "info", "warn", "error":
+		err = level.UnmarshalText([]byte(f.logLevel))
+	default:
+		err = fmt.Errorf("--log-level must be debug, info, warn or error, not %q", f.logLevel)
+	}
+	if err != nil {
+		return nil, opts, err
+	}
+	opts.Logger = slog.New(slog.NewTextHandler(streams.Messages, &slog.HandlerOptions{Level: level}))
+	cfg, err := f.configure(cmd.Flags(), args)
+	return cfg, opts, err
+}
+
+// configure reads the file, if there is one, and applies the flags.
+func (f *runFlags) configure(flags *pflag.FlagSet, args []string) (*config.Config, error) {
+	cfg, base, err := begin(args)
+	if err != nil {
+		return nil, err
+	}
+	var errs config.Errors
+	collect := func(err error) {
+		var more config.Errors
+		if errors.As(err, &more) {
+			errs = append(errs, more...)
+		}
+	}
+	for _, o := range overrides {
+		if flag := flags.Lookup(o.flag); flag.Changed {
+			collect(cfg.Set("--"+o.flag, o.key, flag.Value.String()))
+		}
+	}
+	for _, spec := range f.disks {
+		collect(cfg.AddDisk("--disk", spec, base))
+	}
+	for i := range cfg.Disks {
+		switch {
+		case f.snapshot:
+			cfg.Disks[i].Snapshot = true
+		case f.noSnapshot:
+			cfg.Disks[i].Snapshot = false
+		}
+	}
+	if len(errs) > 0 {
+		return nil, errs
+	}
+	return cfg, cfg.Validate()
+}
+
+// begin returns what the argument stands for, and what a disk of a flag starts
+// from.
+func begin(args []string) (*config.Config, config.Disk, error) {
+	var base config.Disk
+	switch {
+	case len(args) == 0:
+		return &config.Config{}, base, nil
+	case len(args) > 1:
+		return nil, base, fmt.Errorf("one CONFIG.toml or IMAGE.qcow2 at most, not %q: give more disks with --disk", args)
+	}
+	switch path := args[0]; strings.ToLower(filepath.Ext(path)) {
+	case ".toml":
+		cfg, err := config.Load(path)
+		return cfg, base, err
+	case ".qcow2":
+		base.Snapshot = true
+		cfg := &config.Config{}
+		return cfg, base, cfg.AddDisk("image", strings.ReplaceAll(path, ",", ",,"), base)
+	default:
+		return nil, base, fmt.Errorf("%q is neither a CONFIG.toml nor an IMAGE.qcow2 by its name: for another image use --disk %s,format=raw", path, path)
+	}
+}

@@ -1,0 +1,195 @@
+// Package console is the host's end of the guest's console: the terminal or the
+// pipes that calf was started with, a file, a pseudo-terminal, or nothing.
+//
+// Input and output can always be brought to an end from outside: no guest waits
+// for a reader that is gone, and no goroutine is left behind in a read.
+package console
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+)
+
+// Kind is a sort of console.
+type Kind string
+
+// The kinds of console.
+const (
+	Stdio Kind = "stdio" // standard input and output
+	File  Kind = "file"  // output to a file, no input
+	PTY   Kind = "pty"   // a new pseudo-terminal
+	None  Kind = "none"  // output is dropped, no input
+)
+
+// Spec says which console a guest gets.
+type Spec struct {
+	Kind Kind
+	Path string // of the file; only for File
+}
+
+// ParseSpec reads "stdio", "file:PATH", "pty" or "none".
+func ParseSpec(s string) (Spec, error) {
+	if path, ok := strings.CutPrefix(s, "file:"); ok && path != "" {
+		return Spec{File, path}, nil
+	}
+	switch k := Kind(s); k {
+	case Stdio, PTY, None:
+		return Spec{Kind: k}, nil
+	}
+	return Spec{}, fmt.Errorf("%q is not a console: use stdio, file:PATH, pty or none", s)
+}
+
+// Streams are the files that the process was started with. Close does not close
+// them.
+type Streams struct {
+	In, Out  *os.File
+	Messages *Messages
+}
+
+// Console is an open console.
+type Console struct {
+	// In is what the guest reads; nil if it reads nothing. It ends at Close.
+	In io.Reader
+	// Out is where the guest's output goes; nil if it is dropped. A write
+	// waits for a slow reader until Abort; a reader that is gone is no error.
+	Out io.Writer
+	// Name is the path of the pseudo-terminal of a PTY.
+	Name string
+	// Escape says that typing Ctrl-A x leaves the console.
+	Escape bool
+
+	in, out gate
+	closers []func() error // called in reverse order
+	once    sync.Once
+	err     error // of Close
+}
+
+// ptyPatience is how long a guest waits for the reader of a PTY that has fallen
+// behind, until output is dropped.
+const ptyPatience = 100 * time.Millisecond
+
+// Open opens a console. If standard input is a terminal, a Stdio console makes
+// it raw, so that every key goes to the guest, but for the escape Ctrl-A x,
+// which calls leave. Close puts the terminal back.
+func Open(spec Spec, std Streams, leave func()) (*Console, error) {
+	c := &Console{}
+	if err := c.open(spec, std, leave); err != nil {
+		return nil, errors.Join(fmt.Errorf("open console %s: %w", spec.Kind, err), c.Close())
+	}
+	return c, nil
+}
+
+func (c *Console) open(spec Spec, std Streams, leave func()) error {
+	for _, g := range []*gate{&c.in, &c.out} {
+		if err := g.init(); err != nil {
+			return err
+		}
+		c.closers = append(c.closers, g.close)
+	}
+	switch spec.Kind {
+	case File:
+		f, err := os.Create(spec.Path)
+		if err != nil {
+			return err
+		}
+		c.closers = append(c.closers, f.Close)
+		c.Out = &writer{file: f, gate: &c.out}
+	case PTY:
+		return c.openPTY()
+	case Stdio:
+		return c.openStdio(std, leave)
+	}
+	return nil
+}
+
+func (c *Console) openPTY() error {
+	master, slave, err := pty.Open()
+	if err != nil {
+		return err
+	}
+	// The slave stays open, so that the master goes on when a user leaves.
+	c.closers = append(c.closers, slave.Close, master.Close)
+	if _, err := term.MakeRaw(int(slave.Fd())); err != nil { //nolint:gosec // G115: a descriptor is a small number
+		return err
+	}
+	// A blocking write would wait for all of its bytes to fit.
+	if err := withFd(master, func(fd int) error { return unix.SetNonblock(fd, true) }); err != nil {
+		return err
+	}
+	c.Name = slave.Name()
+	c.In = &reader{file: master, gate: &c.in}
+	c.Out = &writer{file: master, gate: &c.out, patience: ptyPatience}
+	return nil
+}
+
+func (c *Console) openStdio(std Streams, leave func()) error {
+	c.Out = &writer{file: c.own(std.Out), gate: &c.out}
+	if !term.IsTerminal(int(std.In.Fd())) { //nolint:gosec // G115: a descriptor is a small number
+		c.In = &reader{file: std.In, gate: &c.in}
+		return nil
+	}
+	if !inForeground(std.In) {
+		return nil // a job in the background must leave the terminal alone
+	}
+	restore, err := makeRaw(std.In)
+	if err != nil {
+		return err
+	}
+	std.Messages.setRaw(true)
+	c.closers = append(c.closers, func() error {
+		std.Messages.setRaw(false)
+		return restore()
+	})
+	c.In = &escapeReader{r: &reader{file: std.In, gate: &c.in}, leave: leave}
+	c.Escape = true
+	return nil
+}
+
+// own returns a terminal opened anew, so that it can be written without
+// blocking: the mode of the descriptor that calf was given is shared with other
+// processes and is not calf's to change. Any other file, and a terminal that
+// cannot be opened again, is returned as it is.
+func (c *Console) own(out *os.File) *os.File {
+	if !term.IsTerminal(int(out.Fd())) { //nolint:gosec // G115: a descriptor is a small number
+		return out
+	}
+	name := "/proc/self/fd/" + strconv.Itoa(int(out.Fd())) //nolint:gosec // G115: a descriptor is a small number
+	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return out
+	}
+	f := os.NewFile(uintptr(fd), out.Name()) //nolint:gosec // G115: a descriptor is a small number
+	c.closers = append(c.closers, f.Close)
+	return f
+}
+
+// Abort ends every write that waits, and drops all further output. It may be
+// called at any time, from any goroutine.
+func (c *Console) Abort() { c.out.open() }
+
+// Close ends the input, waits for a read or a write under way, and puts the
+// terminal back. It may be called more than once.
+func (c *Console) Close() error {
+	c.once.Do(func() {
+		var errs []error
+		for _, g := range []*gate{&c.in, &c.out} {
+			g.open()
+			g.join()
+		}
+		for i := len(c.closers) - 1; i >= 0; i-- {
+			errs = append(errs, c.closers[i]())
+		}
+		c.err = errors.Join(errs...)
+	})
+	return c.err
+}

@@ -1,0 +1,108 @@
+package launch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// errTimeout ends a run that has taken too long.
+var errTimeout = errors.New("launch: timeout")
+
+// errEscape ends a run whose console was left; to a script it is an interrupt.
+var errEscape = &killedError{signal: unix.SIGINT, why: "the console was left with Ctrl-A x, and the guest was ended"}
+
+// killedError ends a run on behalf of a user.
+type killedError struct {
+	signal unix.Signal
+	why    string
+}
+
+func (e *killedError) Error() string { return e.why }
+
+// endingSignals are the signals by which users end a run.
+var endingSignals = []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGQUIT}
+
+// watched is the context of a run. It ends with the run's timeout, or when a
+// signal or the console says so.
+type watched struct {
+	context.Context
+	end      context.CancelCauseFunc
+	messages io.Writer
+
+	mu       sync.Mutex   // guards powerOff
+	powerOff func() error // asks the guest to power off; nil while no guest runs
+}
+
+// watcher is the part of a run that listens to signals.
+type watcher struct {
+	signals chan os.Signal
+	done    chan struct{} // closed when nobody listens any more
+	cancel  context.CancelFunc
+}
+
+// watch begins a run: its timeout, and the signals that end it. The first
+// interrupt asks the guest to power off; the second ends it. A signal that the
+// process was started to ignore stays ignored.
+func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
+	ctx, cancel := context.Background(), context.CancelFunc(func() {})
+	if timeout > 0 {
+		ctx, cancel = context.WithTimeoutCause(ctx, timeout, errTimeout)
+	}
+	ctx, end := context.WithCancelCause(ctx)
+	w := &watched{Context: ctx, end: end, messages: messages}
+	s := &watcher{signals: make(chan os.Signal, 8), done: make(chan struct{}), cancel: cancel}
+	for _, sig := range endingSignals {
+		if !signal.Ignored(sig) {
+			signal.Notify(s.signals, sig)
+		}
+	}
+	go func() {
+		defer close(s.done)
+		for sig := range s.signals {
+			w.handle(sig.(unix.Signal))
+		}
+	}()
+	return w, s
+}
+
+// release ends the watch and gives the signals back.
+func (s *watcher) release() {
+	signal.Stop(s.signals)
+	close(s.signals)
+	<-s.done
+	s.cancel()
+}
+
+// powerOffWith sets how to ask the guest to power off; nil while none runs.
+func (w *watched) powerOffWith(f func() error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.powerOff = f
+}
+
+// handle acts on one signal.
+func (w *watched) handle(sig unix.Signal) {
+	w.mu.Lock()
+	powerOff := w.powerOff
+	w.powerOff = nil // the next signal ends the run
+	w.mu.Unlock()
+	killed := &killedError{signal: sig, why: fmt.Sprintf("the run was ended by signal %d (%v)", int(sig), sig)}
+	if powerOff == nil || sig == unix.SIGQUIT {
+		signal.Reset(endingSignals...) // one more ends a calf that hangs
+		w.end(killed)
+		return
+	}
+	// A message that cannot be written must not keep the guest running.
+	_, _ = fmt.Fprintf(w.messages, "calf: %v: the guest is asked to power off; a second signal ends it\n", sig)
+	if err := powerOff(); err != nil {
+		w.end(killed)
+	}
+}
