@@ -47,7 +47,8 @@ func NewRing(m *Machine, size int, features uint64) *Ring {
 	return NewRingAt(m, size, features, m.Alloc(uint64(16*size), 16), m.Alloc(uint64(8+2*size), 4), m.Alloc(uint64(8+8*size), 4))
 }
 
-// NewRingAt returns a ring whose areas are where the caller wants them.
+// NewRingAt returns a ring whose areas, which it clears, are where the caller
+// wants them.
 func NewRingAt(m *Machine, size int, features uint64, desc, avail, used guest.GPA) *Ring {
 	r := &Ring{
 		Size: size, Desc: desc, Avail: avail, Used: used,
@@ -59,6 +60,9 @@ func NewRingAt(m *Machine, size int, features uint64, desc, avail, used guest.GP
 		chains:   make(map[uint16][]uint16),
 		tables:   make(map[uint16]guest.GPA),
 	}
+	clear(r.desc)
+	clear(r.avail)
+	clear(r.used)
 	for i := range size {
 		r.free = append(r.free, uint16(size-1-i))
 	}
