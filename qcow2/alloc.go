@@ -62,7 +62,6 @@ type allocation struct {
 	first  entry // what the first and the last guest cluster were
 	last   entry
 	slice  *slice
-	pin    *pin
 	done   chan struct{} // made by the first to wait, closed at the end
 }
 

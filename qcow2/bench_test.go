@@ -26,7 +26,7 @@ func queues(b *testing.B, size int64, do func(b *testing.B, queue, i int)) {
 }
 
 const (
-	benchDisk  = 256 << 20
+	benchDisk  = 64 << 20
 	benchBlock = 4096
 )
 

@@ -13,13 +13,10 @@ import (
 // next to try again; but once the system has failed to make written data
 // durable, every later flush fails with ErrFlushFailed.
 func (m *Image) Flush() error {
-	m.mu.RLock()
-	if m.closed {
-		m.mu.RUnlock()
-		return m.errClosed()
+	p, err := m.hold(0)
+	if err != nil {
+		return err
 	}
-	p := m.epochs.enter(0) // makes Close wait
-	m.mu.RUnlock()
 	defer p.leave()
 	if m.readOnly {
 		return nil

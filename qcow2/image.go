@@ -197,15 +197,38 @@ func (m *Image) explain(err error) error {
 	return err
 }
 
-// markCorrupt makes err the fate of all writes and sets the corrupt bit, where
-// the version has one. Failing to set it changes nothing else.
+// markCorrupt makes err the fate of all writes and sets the corrupt bit, unless
+// the image is being closed.
 func (m *Image) markCorrupt(err error) {
-	if !m.broken.CompareAndSwap(nil, &err) || m.version < 3 {
+	if !m.broken.CompareAndSwap(nil, &err) {
 		return
 	}
-	if e := m.writeFeature(offIncompatible, m.features|1<<incompatCorrupt); e == nil {
-		_ = m.file.Fdatasync() // best effort: the image is refused in this process anyway
+	if p, err := m.hold(0); err == nil {
+		m.setCorruptBit()
+		p.leave()
 	}
+}
+
+// setCorruptBit sets the corrupt bit where the version has one. It is best
+// effort: whether it succeeds or not, this process writes no more.
+func (m *Image) setCorruptBit() {
+	if m.version < 3 {
+		return
+	}
+	if err := m.writeFeature(offIncompatible, m.features|1<<incompatCorrupt); err == nil {
+		_ = m.file.Fdatasync()
+	}
+}
+
+// hold pins the present epoch for a request, which keeps the files open until
+// the pin is left. It fails if the image is closed. mu is not held.
+func (m *Image) hold(shard int) (*pin, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if m.closed {
+		return nil, m.errClosed()
+	}
+	return m.epochs.enter(shard), nil
 }
 
 // closePoll is how often Close looks whether the last request is over.
@@ -246,6 +269,9 @@ func (m *Image) finish() error {
 		return nil
 	}
 	if err := m.commits.run(m.commit); err != nil {
+		if err = inFile(m.path, err); errors.Is(err, ErrCorrupt) {
+			m.setCorruptBit()
+		}
 		return err
 	}
 	m.mu.Lock()
@@ -256,5 +282,5 @@ func (m *Image) finish() error {
 	if !pending {
 		return nil
 	}
-	return m.commits.run(m.commit)
+	return inFile(m.path, m.commits.run(m.commit))
 }

@@ -180,3 +180,27 @@ func TestCloseWaits(t *testing.T) {
 		t.Errorf("%v, read %q", err, got)
 	}
 }
+
+// TestEpochs follows two requests of neighbouring epochs.
+func TestEpochs(t *testing.T) {
+	e := epochs{now: firstEpoch}
+	old := e.enter(0)
+	e.advance()
+	young := e.enter(1)
+	e.advance() // does nothing: old is there
+	freed := e.now
+	old.leave()
+	e.advance()
+	if e.over(freed) {
+		t.Error("an epoch is over while a request of it is under way")
+	}
+	e.advance()
+	if e.over(freed) {
+		t.Error("an epoch is over while a request of it is under way, two steps on")
+	}
+	young.leave()
+	e.advance()
+	if !e.over(freed) || !e.idle() {
+		t.Error("an epoch is not over when nobody is left")
+	}
+}

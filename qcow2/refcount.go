@@ -202,8 +202,12 @@ func (r *refcounts) lower(clusters []uint64) (free, rest []uint64, err error) {
 		if err != nil {
 			return free, clusters[i:], err
 		}
-		if v == 0 && c < r.cursor {
+		switch {
+		case v != 0:
+		case c < r.cursor:
 			free = append(free, c)
+		default: // for the search to find, as a cluster that was written to
+			r.virgin = max(r.virgin, c+1)
 		}
 	}
 	return free, nil, nil

@@ -6,6 +6,10 @@ import "encoding/binary"
 // the lock; the others wait for it. Image.mu is not held.
 func (m *Image) loadSlice(id uint64, shard int) error {
 	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return m.errClosed()
+	}
 	off, err := m.tableOf(id)
 	if err != nil || off == 0 || m.cache.find(id) != nil {
 		m.mu.Unlock()
@@ -56,17 +60,16 @@ func (m *Image) tableOf(id uint64) (int64, error) {
 // belongs to the active disk alone, so that it may be changed. It makes a table
 // of zeros or a copy. The new table is in the file as a whole before anything
 // points to it, and the next commit's first barrier makes it durable before the
-// L1 entry. Image.mu is not held.
-func (m *Image) ownTable(i uint64, shard int) error {
-	host, p, err := m.reserveTable(i, shard)
-	if err != nil || p == nil {
+// L1 entry. The caller has a pin; Image.mu is not held.
+func (m *Image) ownTable(i uint64) error {
+	host, err := m.reserveTable(i)
+	if err != nil || host.n == 0 {
 		return err
 	}
 	old, err := m.fillTable(i, m.offset(host.start))
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	defer p.leave()
 	f := m.tables[i]
 	delete(m.tables, i)
 	f.err = err
@@ -86,38 +89,31 @@ func (m *Image) ownTable(i uint64, shard int) error {
 	return nil
 }
 
-// reserveTable reserves the cluster for a new table at L1 entry i and pins the
-// present one. The pin is nil if there is nothing to do, or another caller has
-// done it.
-func (m *Image) reserveTable(i uint64, shard int) (extent, *pin, error) {
+// reserveTable reserves the cluster for a new table at L1 entry i. It returns
+// none if there is nothing to do, or another caller has done it.
+func (m *Image) reserveTable(i uint64) (extent, error) {
 	for {
 		m.mu.Lock()
-		if m.closed {
-			m.mu.Unlock()
-			return extent{}, nil, m.errClosed()
-		}
 		if m.l1[i]&entryCopied != 0 {
 			m.mu.Unlock()
-			return extent{}, nil, nil
+			return extent{}, nil
 		}
 		if f := m.tables[i]; f != nil {
 			m.mu.Unlock()
 			<-f.done
-			return extent{}, nil, f.err
+			return extent{}, f.err
 		}
 		if host := m.pool.take(1); host.n != 0 {
-			if err := m.checkFree(host); err != nil {
-				m.mu.Unlock()
-				return extent{}, nil, err
+			err := m.checkFree(host)
+			if err == nil {
+				m.tables[i] = &flight{done: make(chan struct{})}
 			}
-			m.tables[i] = &flight{done: make(chan struct{})}
-			p := m.epochs.enter(shard)
 			m.mu.Unlock()
-			return host, p, nil
+			return host, err
 		}
 		m.mu.Unlock()
 		if err := m.refill(); err != nil {
-			return extent{}, nil, err
+			return extent{}, err
 		}
 	}
 }

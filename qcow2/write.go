@@ -66,6 +66,11 @@ func (m *Image) writeSome(r *requestState, off, n int64) (int64, error) {
 // how much it wrote, which is zero if it had to wait for something, because then
 // the mapping may have changed.
 func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
+	p, err := m.hold(r.shard)
+	if err != nil {
+		return 0, err
+	}
+	defer p.leave()
 	if err := m.limitDirty(); err != nil {
 		return 0, err
 	}
@@ -84,19 +89,15 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 }
 
 // reserve begins the allocation of the clusters at the beginning of
-// [off, off+n). It returns nil after it had to wait, or do something without the
+// [off, off+n), for a caller that has a pin. It returns nil after it had to wait, or do something without the
 // lock, in which case the caller looks again.
 func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	c := m.cluster(off)
 	id := m.sliceID(c)
 	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
-		return nil, m.errClosed()
-	}
 	if m.l1[m.l1Index(id)]&entryCopied == 0 {
 		m.mu.Unlock()
-		return nil, m.ownTable(m.l1Index(id), shard)
+		return nil, m.ownTable(m.l1Index(id))
 	}
 	s := m.cache.find(id)
 	if s == nil {
@@ -117,7 +118,6 @@ func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	a, err := m.choose(s, c, limit)
 	if err == nil && a != nil && a.host.n > 0 {
 		s.users++
-		a.pin = m.epochs.enter(shard)
 		m.inflight.add(a)
 		m.mu.Unlock()
 		return a, nil
@@ -225,5 +225,4 @@ func (m *Image) abandon(a *allocation) {
 func (m *Image) end(a *allocation) {
 	a.slice.users--
 	m.inflight.remove(a)
-	a.pin.leave()
 }
