@@ -4,13 +4,10 @@ import (
 	"bytes"
 	"fmt"
 	"math/rand/v2"
-	"runtime"
 	"time"
 
 	vt "github.com/calfvm/calf/virtio/virtiotest"
 )
-
-func yield() { runtime.Gosched() }
 
 const chunk = 2048 // bytes of one request of a queueDriver
 

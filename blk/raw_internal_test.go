@@ -1,6 +1,7 @@
 package blk
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -19,7 +20,12 @@ func TestFlushStaysFailed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer d.Close()
+	check := func(err error) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	defer func() { check(d.Close()) }()
 	if err := d.Flush(); err != nil {
 		t.Fatal(err)
 	}
@@ -27,8 +33,7 @@ func TestFlushStaysFailed(t *testing.T) {
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(pipe[0])
-	defer unix.Close(pipe[1])
+	defer func() { check(errors.Join(unix.Close(pipe[0]), unix.Close(pipe[1]))) }()
 	file := d.fd
 	d.fd = pipe[1] // which cannot be synchronised
 	first := d.Flush()

@@ -153,7 +153,9 @@ func TestRawLock(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				second.Close()
+				if err := second.Close(); err != nil {
+					t.Error(err)
+				}
 			} else if !errors.Is(err, blk.ErrLocked) {
 				t.Fatalf("got %v, want ErrLocked", err)
 			}
@@ -193,8 +195,8 @@ func TestRawLockQEMU(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() {
-			in.Close() // qemu-io ends at the end of its input
-			if err := cmd.Wait(); err != nil {
+			// qemu-io ends at the end of its input.
+			if err := errors.Join(in.Close(), cmd.Wait()); err != nil {
 				t.Error(err)
 			}
 		}()
@@ -206,7 +208,9 @@ func TestRawLockQEMU(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d.Close()
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
 			if time.Now().After(end) {
 				t.Fatal("an image that QEMU writes to can be opened")
 			}

@@ -49,7 +49,11 @@ func newRigOn(tb testing.TB, m *virtiotest.Machine, ring *virtiotest.Ring, featu
 	if err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { bell.Close() })
+	tb.Cleanup(func() {
+		if err := bell.Close(); err != nil {
+			tb.Error(err)
+		}
+	})
 	r := &rig{Ring: ring, m: m, ev: &events{}}
 	r.q, err = virtio.NewQueue(m.Memory, virtio.QueueConfig{
 		Size: uint16(ring.Size), Desc: ring.Desc, Avail: ring.Avail, Used: ring.Used,

@@ -53,7 +53,7 @@ func TestRules(t *testing.T) {
 			t.Errorf("rule %s has two rows", m[1])
 		}
 		rows[m[1]] = true
-		for _, name := range strings.Split(m[2], ", ") {
+		for name := range strings.SplitSeq(m[2], ", ") {
 			if !tests[name] {
 				t.Errorf("rule %s lists %s, which does not exist", m[1], name)
 			}

@@ -16,8 +16,6 @@ const (
 	msixFuncMask   = 1 << 14
 	msixEntryMask  = 1 // in vector control
 	msixCtrlOffset = 12
-
-	maxVectors = 2048
 )
 
 // Bits of msixVector.state.

@@ -130,12 +130,10 @@ func (t *Transport) resetQueueLocked(i int) {
 		return
 	}
 	s.resetting = true
-	t.queueResets.Add(1)
-	go func() {
-		defer t.queueResets.Done()
+	t.queueResets.Go(func() {
 		t.dev.StopQueue(i)
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		t.clearQueueLocked(s)
-	}()
+	})
 }

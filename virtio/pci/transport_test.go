@@ -793,8 +793,10 @@ func TestMSIX(t *testing.T) {
 		for i, mask := range []struct{ on, off func() }{
 			{func() { r.Mask(1, true) }, func() { r.Mask(1, false) }},
 			{func() { r.SetConfig(r.MSIX+2, 2, ctrl|1<<14) }, func() { r.SetConfig(r.MSIX+2, 2, ctrl) }},
-			{func() { r.Mask(1, true); r.SetConfig(r.MSIX+2, 2, ctrl|1<<14) },
-				func() { r.SetConfig(r.MSIX+2, 2, ctrl); r.Mask(1, false) }},
+			{
+				func() { r.Mask(1, true); r.SetConfig(r.MSIX+2, 2, ctrl|1<<14) },
+				func() { r.SetConfig(r.MSIX+2, 2, ctrl); r.Mask(1, false) },
+			},
 		} {
 			before := line.Count()
 			mask.on()
@@ -1120,7 +1122,7 @@ func TestHostileRegisters(t *testing.T) {
 				if err := state.set(r); err != nil {
 					t.Fatal(err)
 				}
-				for off := guest.GPA(0); off < pci.BARSize; off++ {
+				for off := range guest.GPA(pci.BARSize) {
 					if off%0x2000 > 0x120 && off%0x2000 < 0x1ff0 {
 						continue
 					}
