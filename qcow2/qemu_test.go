@@ -46,6 +46,9 @@ func TestDifferential(t *testing.T) {
 	} {
 		name := fmt.Sprintf("%s/%s%d", c.options, c.base.format, c.base.size)
 		t.Run(name, func(t *testing.T) {
+			if testing.Short() && c.snap {
+				t.Skip("long")
+			}
 			r := newSeed(t)
 			dir := t.TempDir()
 			model := make([]byte, c.size)
