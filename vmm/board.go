@@ -175,7 +175,7 @@ func (b *board) createDisk(d Disk) error {
 		Name:      d.Name,
 		Disk:      d.Disk,
 		Queues:    d.Queues,
-		QueueSize: uint16(d.QueueSize),
+		QueueSize: uint16(d.QueueSize), //nolint:gosec // G115: bounded by applyDefaults
 		Serial:    d.Serial,
 		Logger:    b.m.log,
 	})

@@ -93,7 +93,7 @@ func (b *mmioBus) unmap(base guest.GPA, dev pci.MMIO) {
 
 func (b *mmioBus) find(addr guest.GPA, n int) (pci.MMIO, uint64) {
 	for _, r := range b.snapshot() {
-		if off := uint64(addr - r.base); addr >= r.base && off < r.size && uint64(n) <= r.size-off {
+		if off := uint64(addr - r.base); addr >= r.base && off < r.size && uint64(n) <= r.size-off { //nolint:gosec // G115: 1 to 8
 			return r.dev, off
 		}
 	}

@@ -30,8 +30,8 @@ const (
 // cpuidFor turns what KVM supports into what the vCPU with the given local
 // APIC ID is told: one package of cpus cores with one thread each.
 func cpuidFor(supported []kvm.CPUIDEntry, id, cpus int, tscDeadline bool) []kvm.CPUIDEntry {
-	n, apic := uint32(cpus), uint32(id)
-	idBits := uint32(bits.Len(uint(cpus - 1)))
+	n, apic := uint32(cpus), uint32(id) //nolint:gosec // G115: at most maxCPUs
+	idBits := uint32(bits.Len32(n - 1)) //nolint:gosec // G115: at most 32
 	var out []kvm.CPUIDEntry
 	for _, e := range supported {
 		switch e.Function {

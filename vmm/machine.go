@@ -141,8 +141,7 @@ func (m *Machine) checkLimits() error {
 func openFile(what, path string) (*os.File, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		var pe *fs.PathError
-		if errors.As(err, &pe) {
+		if pe, ok := errors.AsType[*fs.PathError](err); ok {
 			err = pe.Err
 		}
 		return nil, fmt.Errorf("%w: %s %q: %w", ErrConfig, what, path, err)

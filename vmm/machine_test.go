@@ -253,7 +253,7 @@ func TestPowerButton(t *testing.T) {
 // TestConsoleInput echoes what the host types.
 func TestConsoleInput(t *testing.T) {
 	r, w := io.Pipe()
-	defer w.Close()
+	defer func() { _ = w.Close() }() // A pipe's Close returns no error.
 	go func() {
 		_, _ = w.Write([]byte("xyz")) // Fails only when the guest has ended.
 	}()

@@ -50,7 +50,7 @@ func (c *vcpu) loop() {
 	// Never unlocked: the thread dies with the goroutine, and with it the
 	// kernel's idea of where this vCPU runs.
 	runtime.LockOSThread()
-	c.tid.Store(int32(unix.Gettid()))
+	c.tid.Store(int32(unix.Gettid())) //nolint:gosec // G115: a thread ID has 32 bits
 	defer c.tid.Store(0)
 
 	for !c.stopping.Load() {
@@ -170,9 +170,9 @@ func (c *vcpu) setUp(cpuid []kvm.CPUIDEntry, e boot.Entry) error {
 // enter puts the mode, the tables and the segments of e into s.
 func enter(s *kvm.Sregs, e boot.Entry) {
 	segment := func(selector int) kvm.Segment {
-		return pvh.SegmentFromGDT(boot.Descriptors()[selector/8], uint8(selector/8))
+		return pvh.SegmentFromGDT(boot.Descriptors()[selector/8], uint8(selector/8)) //nolint:gosec // G115: a constant of package boot
 	}
-	s.GDT.Base, s.GDT.Limit = uint64(e.GDT), uint16(e.GDTSize-1)
+	s.GDT.Base, s.GDT.Limit = uint64(e.GDT), uint16(e.GDTSize-1) //nolint:gosec // G115: a few descriptors
 	s.CR0, s.CR4, s.EFER = cr0PE|cr0ET, 0, 0
 	s.CS = segment(boot.Code32Selector)
 	if e.Mode == boot.LongMode {

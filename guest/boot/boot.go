@@ -148,14 +148,14 @@ func writeCmdline(mem *guest.Memory, s string) error {
 
 // readInto reads size bytes of f at off straight into guest memory.
 func readInto(mem *guest.Memory, addr guest.GPA, f File, off int64, size uint64) error {
-	if off < 0 || f.Size < off || size > uint64(f.Size-off) {
+	if off < 0 || f.Size < off || size > uint64(f.Size-off) { //nolint:gosec // G115: not negative by the checks before it
 		return fmt.Errorf("%w: the file ends early", ErrNotKernel)
 	}
 	dst, err := mem.Slice(addr, size)
 	if err != nil {
 		return fmt.Errorf("%w: %d bytes do not fit at %v", ErrNoRoom, size, addr)
 	}
-	if _, err := io.ReadFull(io.NewSectionReader(f, off, int64(size)), dst); err != nil {
+	if _, err := io.ReadFull(io.NewSectionReader(f, off, int64(size)), dst); err != nil { //nolint:gosec // G115: at most f.Size
 		return fmt.Errorf("read: %w", err)
 	}
 	return nil
@@ -181,7 +181,7 @@ func loadInitrd(mem *guest.Memory, f *File, bottom guest.GPA, maxAddr uint64) (R
 	if maxAddr < math.MaxUint64 {
 		top = min(top, maxAddr+1)
 	}
-	size := uint64(f.Size)
+	size := uint64(f.Size) //nolint:gosec // G115: used only once it is known to be positive
 	if f.Size <= 0 || size > math.MaxUint32 {
 		return Range{}, fmt.Errorf("initrd: its size, %d bytes, is not between 1 byte and 4 GiB", f.Size)
 	}

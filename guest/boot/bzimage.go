@@ -63,7 +63,7 @@ func loadBzImage(mem *guest.Memory, cfg *Config) (Entry, error) {
 	if cfg.Kernel.Size <= code {
 		return Entry{}, fmt.Errorf("%w: the file ends within its set-up code", ErrNotKernel)
 	}
-	if err := readInto(mem, HighRAM, cfg.Kernel, code, uint64(cfg.Kernel.Size-code)); err != nil {
+	if err := readInto(mem, HighRAM, cfg.Kernel, code, uint64(cfg.Kernel.Size-code)); err != nil { //nolint:gosec // G115: positive by the check before it
 		return Entry{}, err
 	}
 	// The kernel unpacks itself to its preferred address and needs init_size
@@ -115,11 +115,11 @@ func bootParams(hdr []byte, initrd Range, rsdp guest.GPA, memMap []e820Entry) ([
 	le := binary.LittleEndian
 	p[hdrTypeOfLoader] = loaderUnknown
 	le.PutUint16(p[paramsVidMode:], 0xFFFF) // "normal"
-	le.PutUint32(p[hdrRamdiskImage:], uint32(initrd.Base))
-	le.PutUint32(p[hdrRamdiskSize:], uint32(initrd.Size))
+	le.PutUint32(p[hdrRamdiskImage:], uint32(initrd.Base)) //nolint:gosec // G115: below initrd_addr_max
+	le.PutUint32(p[hdrRamdiskSize:], uint32(initrd.Size)) //nolint:gosec // G115: below 4 GiB by loadInitrd
 	le.PutUint32(p[hdrCmdLinePtr:], uint32(cmdlineAddr))
 	le.PutUint64(p[paramsRSDP:], uint64(rsdp))
-	p[paramsE820Entries] = byte(len(memMap))
+	p[paramsE820Entries] = byte(len(memMap)) //nolint:gosec // G115: at most maxE820
 	for i, e := range memMap {
 		b := p[paramsE820Table+20*i:]
 		le.PutUint64(b, uint64(e.Base))

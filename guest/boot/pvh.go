@@ -134,7 +134,7 @@ func writeStartInfo(mem *guest.Memory, initrd Range, rsdp guest.GPA, memMap []e8
 	le.PutUint64(info[24:], uint64(cmdlineAddr))
 	le.PutUint64(info[32:], uint64(rsdp))
 	le.PutUint64(info[40:], uint64(memMapAddr))
-	le.PutUint32(info[48:], uint32(len(memMap)))
+	le.PutUint32(info[48:], uint32(len(memMap))) //nolint:gosec // G115: at most maxMemMap
 	for i, e := range memMap {
 		b := info[int(memMapAddr-startInfoAddr)+memMapEntrySize*i:]
 		le.PutUint64(b[0:], uint64(e.Base))

@@ -67,7 +67,7 @@ func (p *Program) Out32(port uint16, v uint32) {
 	p.emit(0xEF) // out dx, eax
 }
 
-// In8, In16 and In32 read an I/O port into EAX, for Expect.
+// In8 reads 8 bits of an I/O port into EAX, for Expect.
 func (p *Program) In8(port uint16) {
 	p.port(port)
 	p.emit(0x31, 0xC0, 0xEC) // xor eax, eax; in al, dx
@@ -112,7 +112,7 @@ func (p *Program) Write64(addr uint32, v uint64) {
 	p.Write32(addr+4, uint32(v>>32))
 }
 
-// Read8, Read16 and Read32 load from a guest-physical address into EAX.
+// Read8 loads 8 bits at a guest-physical address into EAX.
 func (p *Program) Read8(addr uint32) {
 	p.emit(0x0F, 0xB6, 0x05) // movzx eax, byte [addr]
 	p.imm32(addr)

@@ -11,6 +11,7 @@
 package kvm
 
 import (
+	"errors"
 	"fmt"
 	"os"
 
@@ -18,13 +19,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The types of gokvm whose layout is the kernel's (abi_test.go holds them to it).
+// The types of gokvm whose layout is the kernel's; TestABI holds them to it.
 type (
-	Regs       = gokvm.Regs
-	Sregs      = gokvm.Sregs
-	Segment    = gokvm.Segment
+	// Regs mirrors struct kvm_regs.
+	Regs = gokvm.Regs
+	// Sregs mirrors struct kvm_sregs.
+	Sregs = gokvm.Sregs
+	// Segment mirrors struct kvm_segment.
+	Segment = gokvm.Segment
+	// CPUIDEntry mirrors struct kvm_cpuid_entry2.
 	CPUIDEntry = gokvm.CPUIDEntry2
-	MSREntry   = gokvm.MSREntry
+	// MSREntry mirrors struct kvm_msr_entry.
+	MSREntry = gokvm.MSREntry
+	// Capability is a KVM_CAP number.
 	Capability = gokvm.Capability
 )
 
@@ -54,16 +61,13 @@ func Open() (*System, error) {
 	}
 	s := &System{fd: fd}
 	v, err := ioctl(fd, kvmGetAPIVersion, 0)
-	if err != nil || v != apiVersion {
-		return nil, fmt.Errorf("%s: KVM_GET_API_VERSION gave %d, %v; calf needs %d: %w",
-			path, v, err, apiVersion, joinClose(s, unix.ENOTSUP))
+	if err == nil && v != apiVersion {
+		err = fmt.Errorf("its interface has version %d, calf needs %d", v, apiVersion)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", path, err), s.Close())
 	}
 	return s, nil
-}
-
-func joinClose(s *System, err error) error {
-	_ = s.Close() // The error that matters is the one being returned.
-	return err
 }
 
 // Close closes /dev/kvm. Machines created from it live on.
