@@ -9,6 +9,7 @@ import (
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/guest"
+	"github.com/calfvm/calf/virtio"
 	vt "github.com/calfvm/calf/virtio/virtiotest"
 )
 
@@ -125,5 +126,61 @@ func TestResetUnderLoad(t *testing.T) {
 	r.start(allFeatures, 4, 64)
 	if code, _, _ := r.do(tIn, 0, make([]byte, 512)); code != sOK {
 		t.Errorf("status %d after the resets", code)
+	}
+}
+
+// TestPauseResume stops a queue with requests waiting and starts it again, as a
+// transport does for a pause: nothing moves meanwhile, and nothing is lost.
+func TestPauseResume(t *testing.T) {
+	for _, features := range []uint64{1 << virtio.FeatureEventIdx, 0} {
+		dev, err := blk.New(blk.Config{Disk: newMemory(diskSize)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := vt.NewMachine()
+		ring := vt.NewRing(m, 64, features)
+		bell, err := virtio.NewDoorbell()
+		if err != nil {
+			t.Fatal(err)
+		}
+		q, err := virtio.NewQueue(m.Memory, virtio.QueueConfig{
+			Size: 64, Desc: ring.Desc, Avail: ring.Avail, Used: ring.Used,
+			Features: features, Doorbell: bell, Events: noEvents{t},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := dev.Start(features); err != nil {
+			t.Fatal(err)
+		}
+		req := (&rig{tb: t, m: m}).newRequest(tFlush, 0, 0)
+		for turn := range uint16(20) {
+			for range 10 {
+				ring.Add(req.bufs(false)...)
+			}
+			ring.Publish()
+			q.Kick()
+			time.Sleep(100 * time.Microsecond)
+			if ring.UsedIdx() != turn*10 {
+				t.Fatal("the device is at work while the queue is stopped")
+			}
+			dev.StartQueue(0, q)
+			q.Kick()
+			for ring.UsedIdx() != turn*10+10 {
+				time.Sleep(10 * time.Microsecond)
+			}
+			dev.StopQueue(0)
+			dev.StopQueue(0) // which does nothing
+			for range 10 {
+				ring.TakeUsed()
+			}
+		}
+		if got := dev.Stats()[0]; got.Flushes != 200 || got.Interrupts+got.Suppressed < 20 {
+			t.Errorf("stats %+v", got)
+		}
+		dev.Stop()
+		if err := bell.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

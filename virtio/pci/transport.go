@@ -137,15 +137,13 @@ type queueState struct {
 }
 
 var (
-	_                     Function           = (*Transport)(nil)
-	_                     MMIO               = (*Transport)(nil)
-	_                     virtio.QueueEvents = (*queueEvents)(nil)
-	errTooManyQueues                         = errors.New("pci: a device has 1 to 64 queues")
-	errInvalidMaxSize                        = errors.New("pci: the largest queue size is a power of 2 up to 32768")
-	errBARNotAligned                         = errors.New("pci: a BAR is aligned to its size")
-	errNoSuchBAR                             = errors.New("pci: the function has only BAR 0")
-	errReservedDeviceBits                    = errors.New("pci: the device offers feature bits of the transport")
+	_ Function           = (*Transport)(nil)
+	_ MMIO               = (*Transport)(nil)
+	_ virtio.QueueEvents = (*queueEvents)(nil)
 )
+
+// ErrDevice is what New returns, wrapped, for a device it cannot present.
+var ErrDevice = errors.New("pci: unusable device")
 
 // New returns the PCI function of dev, not decoding its BAR yet. The guest's
 // memory is mem. The caller owns the transport and closes it, which stops dev.
@@ -153,11 +151,11 @@ func New(host Host, mem *guest.Memory, dev virtio.Device, opts Options) (*Transp
 	n, maxSize := dev.Queues()
 	switch {
 	case n < 1 || n > maxQueues:
-		return nil, errTooManyQueues
-	case maxSize == 0 || maxSize&(maxSize-1) != 0:
-		return nil, errInvalidMaxSize
+		return nil, fmt.Errorf("%w: %d queues; there are 1 to %d", ErrDevice, n, maxQueues)
+	case maxSize == 0 || maxSize > virtio.MaxQueueSize || maxSize&(maxSize-1) != 0:
+		return nil, fmt.Errorf("%w: queue size %d is no power of 2 up to %d", ErrDevice, maxSize, virtio.MaxQueueSize)
 	case dev.Features()&ringFeatures != 0:
-		return nil, errReservedDeviceBits
+		return nil, fmt.Errorf("%w: it offers feature bits of the transport", ErrDevice)
 	}
 	t := &Transport{
 		host: host, mem: mem, dev: dev, log: opts.Logger,
@@ -245,10 +243,10 @@ func classOf(id uint16) uint32 {
 // the guest enables memory space. Only BAR 0 exists; its size is BARSize.
 func (t *Transport) AssignBAR(i int, addr guest.GPA) error {
 	if i != 0 {
-		return errNoSuchBAR
+		return fmt.Errorf("pci: there is no BAR %d, only BAR 0", i)
 	}
 	if addr%BARSize != 0 {
-		return fmt.Errorf("%w: %v", errBARNotAligned, addr)
+		return fmt.Errorf("pci: BAR 0 cannot be at %v, it is aligned to its size %#x", addr, BARSize)
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()

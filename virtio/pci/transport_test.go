@@ -888,10 +888,17 @@ func TestMSIX(t *testing.T) {
 			n    int
 			want uint64
 		}{
-			{0, 8, 0x1122334455667788}, {0, 4, 0x55667788}, {4, 4, 0x11223344},
-			{8, 4, 0x99aabbcc}, {12, 4, 0}, // reserved bits read as zero
-			{0, 1, 0xff}, {0, 2, 0xffff}, {2, 4, 0xffff_ffff}, {4, 8, all},
-			{32, 4, 0xffff_ffff}, {0x1ff8, 8, all}, // past the last vector
+			{0, 8, 0x1122334455667788},
+			{0, 4, 0x55667788},
+			{4, 4, 0x11223344},
+			{8, 4, 0x99aabbcc},
+			{12, 4, 0}, // reserved bits read as zero
+			{0, 1, 0xff},
+			{0, 2, 0xffff},
+			{2, 4, 0xffff_ffff},
+			{4, 8, all},
+			{32, 4, 0xffff_ffff},
+			{0x1ff8, 8, all}, // past the last vector
 		} {
 			if got := r.m.Read(r.Table+c.off, c.n); got != c.want {
 				t.Errorf("%d bytes at %#x: got %#x, want %#x", c.n, uint64(c.off), got, c.want)
