@@ -82,6 +82,9 @@ func nearest(s string, words []string) string {
 	plain := func(s string) string { return strings.ReplaceAll(strings.ToLower(s), "-", "_") }
 	best, limit := "", max(1, len(s)/3)+1
 	for _, w := range words {
+		if len(s) > 2 && strings.HasPrefix(plain(w), plain(s)) {
+			return w
+		}
 		if d := levenshtein.ComputeDistance(plain(s), plain(w)); d < limit {
 			best, limit = w, d
 		}

@@ -21,13 +21,19 @@ func main() {
 		}
 		return
 	}
-	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	p := program{streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
+	os.Exit(p.run(os.Args[1:]))
+}
+
+// program is one execution of calf.
+type program struct {
+	streams        console.Streams
+	allowEmulation bool // see launch.Options; for tests
 }
 
 // run runs calf with the given arguments and returns its exit code.
-func run(args []string, stdin, stdout, stderr *os.File) int {
-	streams := console.Streams{In: stdin, Out: stdout, Messages: console.NewMessages(stderr)}
-	root := newRoot(streams)
+func (p program) run(args []string) int {
+	root := p.root()
 	root.SetArgs(args)
 	err := root.Execute()
 	var exit exitError
@@ -35,10 +41,10 @@ func run(args []string, stdin, stdout, stderr *os.File) int {
 	case err == nil:
 		return 0
 	case errors.As(err, &exit):
-		complain(streams.Messages, exit.message)
+		complain(p.streams.Messages, exit.message)
 		return exit.code
 	}
-	complain(streams.Messages, err.Error())
+	complain(p.streams.Messages, err.Error())
 	return launch.ExitError
 }
 
@@ -57,7 +63,8 @@ func complain(w io.Writer, message string) {
 	}
 }
 
-func newRoot(streams console.Streams) *cobra.Command {
+// root returns the command tree.
+func (p program) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "calf",
 		Short: "Boot Linux guests from QCOW2 images",
@@ -67,9 +74,9 @@ described by a TOML file, by flags, or by both.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.SetIn(streams.In)
-	root.SetOut(streams.Out)
-	root.SetErr(streams.Messages)
-	root.AddCommand(newRun(streams), newConfig(), newVersion())
+	root.SetIn(p.streams.In)
+	root.SetOut(p.streams.Out)
+	root.SetErr(p.streams.Messages)
+	root.AddCommand(newRun(p), newConfig(), newVersion())
 	return root
 }

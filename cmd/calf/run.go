@@ -38,7 +38,7 @@ type runFlags struct {
 	noReboot   bool
 }
 
-func newRun(streams console.Streams) *cobra.Command {
+func newRun(p program) *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
 		Use:   "run [CONFIG.toml | IMAGE.qcow2] [flags]",
@@ -68,7 +68,7 @@ Exit codes:
   calf run ci.toml --disk scratch.img,format=raw,serial=scratch --timeout 10m --json result.json`,
 		ValidArgsFunction: filesNamed("toml", "qcow2"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return f.run(cmd, args, streams)
+			return f.run(cmd, args, p)
 		},
 	}
 	f.define(cmd)
@@ -103,13 +103,13 @@ func (f *runFlags) define(cmd *cobra.Command) {
 }
 
 // run does what the command line asks for.
-func (f *runFlags) run(cmd *cobra.Command, args []string, streams console.Streams) error {
+func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 	if f.json != "" {
 		if err := checkResultFile(f.json); err != nil {
 			return fmt.Errorf("--json: %w", err)
 		}
 	}
-	cfg, opts, err := f.prepare(cmd, args, streams)
+	cfg, opts, err := f.prepare(cmd, args, p)
 	if err == nil && f.dryRun {
 		if err := launch.Check(cfg); err != nil {
 			return err
@@ -134,8 +134,8 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, streams console.Stream
 }
 
 // prepare turns the command line into a valid configuration and options.
-func (f *runFlags) prepare(cmd *cobra.Command, args []string, streams console.Streams) (*config.Config, launch.Options, error) {
-	opts := launch.Options{NoReboot: f.noReboot, Streams: streams}
+func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*config.Config, launch.Options, error) {
+	opts := launch.Options{NoReboot: f.noReboot, Streams: p.streams, AllowEmulation: p.allowEmulation}
 	if dash := cmd.ArgsLenAtDash(); dash >= 0 && dash < len(args) {
 		return nil, opts, errors.New("running a command in the guest is not supported by this version of calf: boot without one")
 	}
@@ -153,7 +153,7 @@ func (f *runFlags) prepare(cmd *cobra.Command, args []string, streams console.St
 	if err != nil {
 		return nil, opts, err
 	}
-	opts.Logger = slog.New(slog.NewTextHandler(streams.Messages, &slog.HandlerOptions{Level: level}))
+	opts.Logger = slog.New(slog.NewTextHandler(p.streams.Messages, &slog.HandlerOptions{Level: level}))
 	cfg, err := f.configure(cmd.Flags(), args)
 	return cfg, opts, err
 }

@@ -69,6 +69,7 @@ type Console struct {
 	Escape bool
 
 	in, out gate
+	gates   []*gate        // those of in and out that could be made
 	closers []func() error // called in reverse order
 	once    sync.Once
 	err     error // of Close
@@ -94,6 +95,7 @@ func (c *Console) open(spec Spec, std Streams, leave func()) error {
 		if err := g.init(); err != nil {
 			return err
 		}
+		c.gates = append(c.gates, g)
 		c.closers = append(c.closers, g.close)
 	}
 	switch spec.Kind {
@@ -182,7 +184,7 @@ func (c *Console) Abort() { c.out.open() }
 func (c *Console) Close() error {
 	c.once.Do(func() {
 		var errs []error
-		for _, g := range []*gate{&c.in, &c.out} {
+		for _, g := range c.gates {
 			g.open()
 			g.join()
 		}

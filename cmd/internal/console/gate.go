@@ -17,8 +17,11 @@ var errAborted = errors.New("console: aborted")
 // gate ends waits for a file: once open, it stays open, and every wait that
 // goes through it, now or later, ends at once.
 type gate struct {
-	fd  int        // an eventfd, readable once the gate is open
 	use sync.Mutex // held for the length of a read or a write
+
+	mu     sync.Mutex // guards opened
+	opened bool
+	fd     int // an eventfd, readable once the gate is open
 }
 
 func (g *gate) init() (err error) {
@@ -26,10 +29,23 @@ func (g *gate) init() (err error) {
 	return err
 }
 
+// open opens the gate. It may be called at any time, even after close.
 func (g *gate) open() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.opened {
+		return
+	}
+	g.opened = true
 	one := [8]byte{1}
 	// It can fail only if the counter is at its limit, when the gate is open.
 	_, _ = unix.Write(g.fd, one[:])
+}
+
+func (g *gate) isOpen() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.opened
 }
 
 // join returns when nobody is inside a read or a write.
@@ -38,6 +54,7 @@ func (g *gate) join() {
 	defer g.use.Unlock()
 }
 
+// close frees the gate, which must be open and have been joined.
 func (g *gate) close() error { return unix.Close(g.fd) }
 
 // forever is a wait without a limit.
@@ -47,6 +64,9 @@ const forever = -1 * time.Millisecond
 // within limit, and errAborted if the gate is open.
 func (g *gate) await(fd int, events int16, limit time.Duration) (bool, error) {
 	for {
+		if g.isOpen() {
+			return false, errAborted // g.fd may be closed by now
+		}
 		fds := []unix.PollFd{
 			{Fd: int32(g.fd), Events: unix.POLLIN}, //nolint:gosec // G115: a descriptor is a small number
 			{Fd: int32(fd), Events: events},        //nolint:gosec // G115: a descriptor is a small number
@@ -70,6 +90,8 @@ type reader struct {
 	gate *gate
 	done bool // guarded by gate.use
 }
+
+var _ io.Reader = (*reader)(nil)
 
 func (r *reader) Read(p []byte) (int, error) {
 	r.gate.use.Lock()

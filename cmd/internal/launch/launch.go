@@ -23,6 +23,9 @@ type Options struct {
 	NoReboot bool
 	Streams  console.Streams
 	Logger   *slog.Logger
+	// AllowEmulation accepts a KVM that only emulates, which is enough for the
+	// guests of tests.
+	AllowEmulation bool
 }
 
 // Exit codes of a run. They are part of the contract with scripts.
@@ -73,6 +76,16 @@ func Check(cfg *config.Config) error {
 	return open.close()
 }
 
+// check is Check with a look at the host.
+func check(cfg *config.Config, opts Options) error {
+	if !opts.AllowEmulation {
+		if err := vmm.Probe(); err != nil {
+			return err
+		}
+	}
+	return Check(cfg)
+}
+
 // checkReadable reports whether a regular file can be opened.
 func checkReadable(what, path string) error {
 	info, err := os.Stat(path)
@@ -100,9 +113,18 @@ func Run(cfg *config.Config, opts Options) Result {
 	return r
 }
 
+// drainTime is how long the console may take to pass on the last output of a
+// guest that is being ended.
+const drainTime = time.Second
+
 // run opens what cfg names, runs the guest and closes everything again.
 func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, err error) {
 	also := func(closing error) { err = errors.Join(err, closing) }
+	// Everything is looked at before an image is opened for writing, which may
+	// change it.
+	if err := check(cfg, opts); err != nil {
+		return vmm.Unknown, err
+	}
 	open, err := openDisks(cfg, false)
 	if err != nil {
 		return vmm.Unknown, err
@@ -113,8 +135,9 @@ func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, e
 		return vmm.Unknown, err
 	}
 	defer func() { also(cons.Close()) }()
-	// A reader that has stopped reading must not outlast the run's end.
-	defer context.AfterFunc(ctx, cons.Abort)()
+	// What the guest said last is still to be read, but a reader that has
+	// stopped reading must not hold up the end.
+	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
 	machine, err := vmm.New(machineConfig(cfg, opts, open, cons))
 	if err != nil {
 		return vmm.Unknown, err
@@ -138,6 +161,8 @@ func machineConfig(cfg *config.Config, opts Options, open disks, cons *console.C
 		NoReboot:    opts.NoReboot,
 		BootTimeout: cfg.VM.BootTimeout,
 		Logger:      opts.Logger,
+
+		AllowEmulation: opts.AllowEmulation,
 	}
 }
 

@@ -1,0 +1,140 @@
+package launch
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/qcow2"
+)
+
+// newImage makes an image of 1 MiB whose first sector holds content.
+func newImage(t *testing.T, path, format string, content []byte) {
+	t.Helper()
+	if format == config.FormatRaw {
+		if err := os.WriteFile(path, append(content, make([]byte, 1<<20-len(content))...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if err := qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	img, err := qcow2.Open(path, qcow2.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(img.WritevAt([][]byte{content}, 0), img.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestSnapshotKeepsTheImageAndLeavesNothing(t *testing.T) {
+	content := bytes.Repeat([]byte("calf"), 128)
+	for _, format := range []string{config.FormatQCOW2, config.FormatRaw} {
+		t.Run(format, func(t *testing.T) {
+			dir, tmp := t.TempDir(), t.TempDir()
+			t.Setenv("TMPDIR", tmp)
+			path := filepath.Join(dir, "real.img")
+			newImage(t, path, format, content)
+			before := read(t, path)
+			link := filepath.Join(t.TempDir(), "link.img") // the image is found through a link
+			if err := os.Symlink(path, link); err != nil {
+				t.Fatal(err)
+			}
+			img, err := openDisk(config.Disk{Path: link, Format: format, Snapshot: true}, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+				t.Errorf("while it is open, %s holds %v, %v", tmp, left, err)
+			}
+			if img.ReadOnly() || img.Size() != 1<<20 {
+				t.Errorf("overlay: read-only %v, size %d", img.ReadOnly(), img.Size())
+			}
+			got := make([]byte, len(content))
+			if err := img.ReadvAt([][]byte{got}, 0); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("the overlay does not show the image: %q, %v", got[:8], err)
+			}
+			changed := bytes.Repeat([]byte("new!"), 128)
+			if err := errors.Join(img.WritevAt([][]byte{changed}, 0), img.Flush(), img.ReadvAt([][]byte{got}, 0)); err != nil || !bytes.Equal(got, changed) {
+				t.Errorf("the overlay does not keep a write: %q, %v", got[:8], err)
+			}
+			if other, err := openImage(config.Disk{Path: path, Format: format}, false); err == nil {
+				t.Errorf("the image under an overlay can be opened for writing: %v", other.Close())
+			}
+			if other, err := openImage(config.Disk{Path: path, Format: format}, true); err != nil {
+				t.Errorf("the image under an overlay cannot be read by others: %v", err)
+			} else if err := other.Close(); err != nil {
+				t.Error(err)
+			}
+			if err := img.Close(); err != nil {
+				t.Error(err)
+			}
+			if !bytes.Equal(read(t, path), before) {
+				t.Error("the image has changed")
+			}
+		})
+	}
+}
+
+func TestOpenDisksIsAllOrNothing(t *testing.T) {
+	dir := t.TempDir()
+	good := filepath.Join(dir, "good.qcow2")
+	newImage(t, good, config.FormatQCOW2, make([]byte, 512))
+	cfg := &config.Config{Disks: []config.Disk{{Path: good}, {Path: filepath.Join(dir, "none.qcow2")}}}
+	if _, err := openDisks(cfg.Effective(), false); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("openDisks = %v, want that a file is missing", err)
+	}
+	// Had the first image been left open, it would be locked.
+	cfg.Disks = cfg.Disks[:1]
+	open, err := openDisks(cfg.Effective(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if open[0].Disk.ReadOnly() || open[0].Queues != 1 || open[0].QueueSize != 256 {
+		t.Errorf("disk = %+v", open[0])
+	}
+	if err := open.close(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestCheckOpensForReadingOnly(t *testing.T) {
+	dir := t.TempDir()
+	kernel, image := filepath.Join(dir, "kernel"), filepath.Join(dir, "a.qcow2")
+	newImage(t, image, config.FormatQCOW2, make([]byte, 512))
+	if err := os.WriteFile(kernel, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(image, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	cfg := &config.Config{Boot: config.Boot{Kernel: kernel}, Disks: []config.Disk{{Path: image}}}
+	other, err := openImage(config.Disk{Path: image, Format: config.FormatQCOW2}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Check(cfg); err != nil {
+		t.Errorf("Check beside another reader = %v", err)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
+	}
+	cfg.Boot.Initrd = dir
+	if err := Check(cfg); err == nil {
+		t.Error("Check takes a directory for an initrd")
+	}
+}
