@@ -77,11 +77,12 @@ type Options struct {
 // Transport presents a virtio.Device as a PCI function: the modern, not the
 // transitional, transport of virtio 4.1, with MSI-X and without INTx.
 //
-// All methods are safe for concurrent use. One lock, mu, guards every register;
-// it is held while Host and Device methods run, except StopQueue and Stop,
-// which wait for the goroutines that work the queues. Those goroutines raise
-// interrupts and report damage through atomics and never take mu, and neither
-// does a kick.
+// All methods are safe for concurrent use. One lock, mu, guards every register
+// and is held while Host and Device methods run. The exceptions are StopQueue
+// and Stop of a device that has been started: they wait for the goroutines that
+// work the queues, and run without mu in a goroutine that takes it afterwards to
+// finish the reset. The goroutines that work the queues raise interrupts and
+// report damage through atomics and never take mu, and neither does a kick.
 type Transport struct {
 	host Host
 	mem  *guest.Memory
