@@ -11,7 +11,7 @@ PATH=$PATH:/usr/sbin:/sbin
 kernel=${CALF_LAB_KERNEL:?set it to a bzImage}
 initrd=${CALF_LAB_INITRD:?set it to an initramfs}
 
-step() { printf '\n\033[1m## %s\033[0m\n' "$*"; }
+step() { printf '\n## %s\n' "$*"; }
 # Shows a command, then runs it.
 show() {
 	printf '$ %s\n' "$*"

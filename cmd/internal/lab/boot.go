@@ -27,10 +27,6 @@ var (
 	guestModules = []string{"virtio_pci", "virtio_blk", "ext4"}
 )
 
-// outerSeries is the kernel series of the outer machine, where there are
-// several.
-const outerSeries = "6.1"
-
 // rootTools are the programs on the outer machine's root disk, besides busybox.
 var rootTools = []string{
 	"dash", "qemu-img", "qemu-io", "qemu-nbd", "qemu-system-x86_64",
@@ -51,8 +47,8 @@ var rootData = []string{
 
 // bootFiles is what an outer machine boots from.
 type bootFiles struct {
-	kernel, initrd, root string
-	newest               Kernel // of those on the root disk
+	kernel       Kernel // the newest of those on the root disk
+	initrd, root string
 }
 
 // prepareBoot returns the files of the outer machine, made if need be.
@@ -61,13 +57,11 @@ func prepareBoot() (bootFiles, error) {
 	if err != nil {
 		return bootFiles{}, err
 	}
-	outer := kernels[0]
-	for _, k := range kernels {
-		if k.Series() == outerSeries {
-			outer = k
-		}
-	}
-	initrd, err := initrd("outer", outer, outerInit, outerModules)
+	// The newest has the KVM with the fewest faults, and from Linux 6.7 on it
+	// aligns large mappings for huge pages, which saves a guest most of its
+	// costly page faults.
+	newest := kernels[len(kernels)-1]
+	initrd, err := initrd("outer", newest, outerInit, outerModules)
 	if err != nil {
 		return bootFiles{}, err
 	}
@@ -76,10 +70,9 @@ func prepareBoot() (bootFiles, error) {
 		return bootFiles{}, err
 	}
 	return bootFiles{
-		kernel: outer.Image,
+		kernel: newest,
 		initrd: initrd,
 		root:   root,
-		newest: kernels[len(kernels)-1],
 	}, nil
 }
 

@@ -41,6 +41,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -122,8 +124,11 @@ func Main(m *testing.M, cfg Config) {
 		os.Exit(m.Run())
 	}
 	flag.Parse()
+	if flag.Lookup("test.list").Value.String() != "" {
+		os.Exit(m.Run())
+	}
 	reason := vmm.Probe()
-	if reason == nil || testing.Short() || flag.Lookup("test.list").Value.String() != "" {
+	if reason == nil || testing.Short() {
 		os.Exit(runHere(m, cfg))
 	}
 	self, err := os.Executable()
@@ -131,8 +136,12 @@ func Main(m *testing.M, cfg Config) {
 		fail(err)
 	}
 	cfg.Timeout = testTimeout() + time.Minute
-	fmt.Fprintf(os.Stderr, "lab: %v; running the tests inside an outer machine\n", reason)
-	status, err := Run(cfg, append([]string{self}, portableFlags(os.Args[1:])...))
+	announce(reason)
+	commands, err := deal(append([]string{self}, portableFlags(os.Args[1:])...), runtime.NumCPU())
+	if err != nil {
+		fail(err)
+	}
+	status, err := Run(cfg, commands...)
 	if err != nil {
 		fail(err)
 	}
@@ -147,7 +156,7 @@ func Main(m *testing.M, cfg Config) {
 // kernel with its initramfs as $CALF_LAB_KERNEL and $CALF_LAB_INITRD.
 func Exec(cfg Config, args []string) (status int, err error) {
 	if reason := vmm.Probe(); reason != nil {
-		fmt.Fprintf(os.Stderr, "lab: %v; running inside an outer machine\n", reason)
+		announce(reason)
 		return Run(cfg, args)
 	}
 	dir, err := os.MkdirTemp("", "calf-lab-")
@@ -173,6 +182,39 @@ func Exec(cfg Config, args []string) (status int, err error) {
 		return 0, err
 	}
 	return cmd.ProcessState.ExitCode(), nil
+}
+
+// announce says in a line that an outer machine is used, and why: the first
+// clause of reason. The mend, which follows it, matters less here.
+func announce(reason error) {
+	why, _, _ := strings.Cut(reason.Error(), ";")
+	fmt.Fprintf(os.Stderr, "lab: %s; running inside an emulated machine that has it\n", why)
+}
+
+// deal splits the run of a test executable into one for each of at most n
+// machines, by the tests at the top level. A run that was narrowed down stays
+// whole.
+func deal(command []string, n int) ([][]string, error) {
+	if flag.Lookup("test.run").Value.String() != "" {
+		return [][]string{command}, nil
+	}
+	out, err := exec.Command(command[0], "-test.list=^Test").Output()
+	if err != nil {
+		return nil, fmt.Errorf("listing the tests: %w", err)
+	}
+	tests := strings.Fields(string(out))
+	if n = min(n, len(tests)); n <= 1 {
+		return [][]string{command}, nil
+	}
+	hands := make([][]string, n)
+	for i, test := range tests {
+		hands[i%n] = append(hands[i%n], test)
+	}
+	commands := make([][]string, n)
+	for i, hand := range hands {
+		commands[i] = append(slices.Clone(command), "-test.run=^("+strings.Join(hand, "|")+")$")
+	}
+	return commands, nil
 }
 
 func fail(err error) {

@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/gob"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -13,6 +15,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -34,45 +37,110 @@ const (
 	fileQEMU    = "qemu.log"
 )
 
-// Run runs a command in an outer machine, with its output on this process's
-// standard output and error, and returns its exit status. The command is
-// looked up here and copied there. err means that there is no status: the
-// machine failed, the timeout passed, or SIGINT or SIGTERM ended it.
-func Run(cfg Config, args []string) (status int, err error) {
+// Run runs each of the commands in an outer machine of its own, all at once,
+// and returns the largest of their exit statuses. The output of the first
+// appears on this process's standard output and error as it is printed, that of
+// each other one when those before it have ended. Commands are looked up here
+// and copied there. err means that there is no status of some: the machine
+// failed, the timeout passed, or SIGINT or SIGTERM ended it.
+func Run(cfg Config, commands ...[]string) (status int, err error) {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	dir, err := os.MkdirTemp("", "calf-lab-")
 	if err != nil {
 		return 0, err
 	}
-	m := &machine{cfg: cfg, dir: dir}
-	m.artifacts = cmp.Or(cfg.Artifacts, m.path("artifacts"))
-	status, err = m.run(ctx, args)
+	if cfg.Calf, err = calfBinary(cfg, dir); err != nil {
+		return 0, errors.Join(err, os.RemoveAll(dir))
+	}
+	boot, err := prepareBoot()
+	if err != nil {
+		return 0, errors.Join(err, os.RemoveAll(dir))
+	}
+	machines := make([]*machine, len(commands))
+	for i, command := range commands {
+		m := &machine{cfg: cfg, boot: boot, dir: filepath.Join(dir, strconv.Itoa(i)), done: make(chan struct{})}
+		m.artifacts = cmp.Or(cfg.Artifacts, m.path("artifacts"))
+		machines[i] = m
+		go func() {
+			defer close(m.done)
+			m.status, m.err = m.run(ctx, command)
+		}()
+	}
+	var errs []error
+	for _, m := range machines {
+		m.output.release()
+		<-m.done
+		status = max(status, m.status)
+		errs = append(errs, m.err)
+	}
+	err = errors.Join(errs...)
 	if err == nil && status == 0 {
 		return 0, os.RemoveAll(dir)
 	}
-	_ = os.Remove(m.path(fileScratch)) // gone already once QEMU was up
-	fmt.Fprintf(os.Stderr, "lab: the outer machine's console log and the artifacts are in %s\n", dir)
+	fmt.Fprintf(os.Stderr, "lab: the console log and the artifacts of the outer machine are in %s\n", dir)
 	return status, err
 }
 
 // machine is one outer machine.
 type machine struct {
 	cfg       Config
+	boot      bootFiles
 	dir       string // everything of this run
 	artifacts string // where artifacts go
+	output    relay
+
+	done   chan struct{} // closed when the machine is gone
+	status int           // of the command; valid after done, if err is nil
+	err    error         // valid after done
+}
+
+// relay passes output on once it has been released, and holds it until then.
+type relay struct {
+	mu       sync.Mutex
+	released bool    // guarded by mu
+	held     []piece // guarded by mu
+}
+
+// piece is output for w.
+type piece struct {
+	w    io.Writer
+	data []byte
+}
+
+// write writes data to w, now or later. It keeps data.
+func (r *relay) write(w io.Writer, data []byte) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.released {
+		r.held = append(r.held, piece{w, data})
+		return nil
+	}
+	_, err := w.Write(data)
+	return err
+}
+
+// release lets output pass from now on, beginning with what was held.
+func (r *relay) release() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.released = true
+	for _, p := range r.held {
+		_, _ = p.w.Write(p.data) // to our own output: nobody else to tell
+	}
+	r.held = nil
 }
 
 func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
 
 func (m *machine) run(ctx context.Context, args []string) (status int, err error) {
-	boot, err := prepareBoot()
-	if err != nil {
+	if err := os.Mkdir(m.dir, 0o755); err != nil {
 		return 0, err
 	}
-	if err := m.makeScratch(boot, args); err != nil {
+	if err := m.makeScratch(args); err != nil {
 		return 0, err
 	}
+	defer os.Remove(m.path(fileScratch)) // gone already once QEMU was up
 	port, qemuEnd, err := socketPair()
 	if err != nil {
 		return 0, err
@@ -87,7 +155,7 @@ func (m *machine) run(ctx context.Context, args []string) (status int, err error
 
 	ctx, kill := context.WithCancelCause(ctx)
 	defer kill(nil)
-	qemu := exec.CommandContext(ctx, "qemu-system-x86_64", m.qemuArgs(boot)...)
+	qemu := exec.CommandContext(ctx, "qemu-system-x86_64", m.qemuArgs()...)
 	qemu.Stdout, qemu.Stderr = log, log
 	qemu.ExtraFiles = []*os.File{qemuEnd} // becomes portFD
 	// Nothing outlives this process, however it ends. The signal is tied to
@@ -140,9 +208,9 @@ func (m *machine) converse(port *os.File, kill func(error)) (status int, err err
 		case msg.File != "":
 			err = m.saveArtifact(msg.File, msg.Data)
 		case msg.Stdout != nil:
-			_, err = os.Stdout.Write(msg.Stdout)
+			err = m.output.write(os.Stdout, msg.Stdout)
 		case msg.Stderr != nil:
-			_, err = os.Stderr.Write(msg.Stderr)
+			err = m.output.write(os.Stderr, msg.Stderr)
 		}
 		if err != nil {
 			return 0, err
@@ -214,18 +282,18 @@ const portFD = 3
 // one with it, while with one-shot timers the machine would stand still.
 const outerCmdline = "console=ttyS0 quiet panic=-1 mitigations=off nohz=off highres=off"
 
-func (m *machine) qemuArgs(boot bootFiles) []string {
+func (m *machine) qemuArgs() []string {
 	return []string{
 		"-nodefaults", "-display", "none", "-no-reboot",
 		"-accel", "tcg,thread=multi", "-cpu", "max,+svm",
 		"-smp", strconv.Itoa(cmp.Or(m.cfg.CPUs, 1)),
 		"-m", strconv.Itoa(cmp.Or(m.cfg.MemoryMiB, 4096)),
-		"-kernel", boot.kernel, "-initrd", boot.initrd,
+		"-kernel", m.boot.kernel.Image, "-initrd", m.boot.initrd,
 		"-append", outerCmdline,
 		"-serial", "file:" + m.path(fileConsole),
 		// The root disk is shared by all runs: what is written to it goes to
 		// a temporary file of QEMU.
-		"-drive", "if=virtio,format=raw,snapshot=on,cache=unsafe,file=" + boot.root,
+		"-drive", "if=virtio,format=raw,snapshot=on,cache=unsafe,file=" + m.boot.root,
 		"-drive", "if=virtio,format=raw,cache=unsafe,discard=unmap,file=" + m.path(fileScratch),
 		"-device", "virtio-serial-pci",
 		"-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD),
@@ -235,19 +303,15 @@ func (m *machine) qemuArgs(boot bootFiles) []string {
 
 // makeScratch makes the scratch disk: the agent, what it is to run, what the
 // caller wants there, and free space.
-func (m *machine) makeScratch(boot bootFiles, args []string) error {
+func (m *machine) makeScratch(args []string) error {
 	agent, err := os.Executable()
 	if err != nil {
 		return err
 	}
-	calf, err := calfBinary(m.cfg, m.dir)
-	if err != nil {
-		return err
-	}
-	newest := filepath.Join(insideCache, "kernels", boot.newest.Release)
+	newest := filepath.Join(insideCache, "kernels", m.boot.kernel.Release)
 	j := job{Args: args, Dir: insideScratch, Env: append(insideEnv(),
 		envKernel+"="+newest+"/vmlinuz", envInitrd+"="+newest+"/initrd")}
-	programs := map[string]string{insideAgent: agent, insideCalf: calf}
+	programs := map[string]string{insideAgent: agent, insideCalf: m.cfg.Calf}
 	if strings.Contains(args[0], "/") {
 		there := filepath.Join(insideBin, filepath.Base(args[0]))
 		programs[there] = args[0]
