@@ -477,9 +477,14 @@ func TestNotification(t *testing.T) {
 		if r.q.Rearm() || r.AvailEvent() != 3 {
 			t.Errorf("avail_event is %d after Rearm, want 3", r.AvailEvent())
 		}
-		r.add(t, 1)
+		r.add(t, 2)
 		if !r.q.Rearm() {
-			t.Error("Rearm does not see the chain that came before it")
+			t.Error("Rearm does not see the chains that came before it")
+		}
+		r.q.Pop(&r.c)
+		r.q.Push(&r.c, 0)
+		if !r.q.Rearm() || r.AvailEvent() != 4 {
+			t.Error("Rearm forgets the chain that was not popped")
 		}
 		if binary.LittleEndian.Uint16(at) != neighbour {
 			t.Error("the bytes after avail_event have changed")

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -673,6 +674,28 @@ func TestRingReset(t *testing.T) {
 		r.eventually("reset", func() bool { return r.Get(vt.Status, 1) == 0 })
 		r.want("queue_reset", vt.QueueReset, 2, 0)
 	})
+	t.Run("V15 before DRIVER_OK", func(t *testing.T) {
+		r := newRig(t, &echo{n: 1})
+		if err := r.Negotiate(all); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.SetupQueue(0, 8); err != nil {
+			t.Fatal(err)
+		}
+		r.Set(vt.QueueReset, 2, 1)
+		r.want("queue_reset", vt.QueueReset, 2, 0)
+		r.want("queue_enable", vt.QueueEnable, 2, 0)
+		if r.m.Doorbells() != 0 {
+			t.Error("the doorbell is still bound")
+		}
+		ring, err := r.SetupQueue(0, 4)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.DriverOK()
+		r.submit(ring, 2)
+		r.collect(ring, 2)
+	})
 	t.Run("ignored unless negotiated", func(t *testing.T) {
 		r := newRig(t, &echo{n: 1})
 		r.start(all &^ (1 << virtio.FeatureRingReset))
@@ -1161,11 +1184,34 @@ func TestHostileRegisters(t *testing.T) {
 	}
 }
 
+// poorHost is a host with few interrupts.
+type poorHost struct {
+	*vt.Machine
+	left int
+}
+
+func (h *poorHost) NewInterrupt() (pci.Interrupt, error) {
+	if h.left == 0 {
+		return nil, errors.New("no interrupt is left")
+	}
+	h.left--
+	return h.Machine.NewInterrupt()
+}
+
 func TestNew(t *testing.T) {
+	t.Run("no interrupts left", func(t *testing.T) {
+		h := &poorHost{vt.NewMachine(), 3}
+		if _, err := pci.New(h, h.Memory, &echo{n: 4}, pci.Options{}); err == nil || !strings.Contains(err.Error(), "no interrupt is left") {
+			t.Errorf("got %v, want the host's error", err)
+		}
+		if n := h.OpenInterrupts(); n != 0 {
+			t.Errorf("%d interrupts are left open", n)
+		}
+	})
 	for _, n := range []int{0, 65} {
 		m := vt.NewMachine()
-		if _, err := pci.New(m, m.Memory, &echo{n: n}, pci.Options{}); err == nil {
-			t.Errorf("a device of %d queues was accepted", n)
+		if _, err := pci.New(m, m.Memory, &echo{n: n}, pci.Options{}); !errors.Is(err, pci.ErrDevice) {
+			t.Errorf("%d queues: got %v, want ErrDevice", n, err)
 		}
 	}
 	t.Run("64 queues", func(t *testing.T) {
