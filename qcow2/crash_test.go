@@ -305,13 +305,15 @@ func TestCrash(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			r := newSeed(t)
 			run := crashRecord(t, c.opts, c.under, c.goroutines, c.ops, r, nil)
-			subsets := 6
-			if testing.Short() {
-				subsets = 1
+			subsets, every := 6, 1
+			if brief() {
+				subsets, every = 1, 4
 			}
 			i := 0
 			n := run.states(r, subsets, func(s state) bool {
-				i++
+				if i++; i%every != 0 {
+					return true
+				}
 				if err := run.verify(t, s); err != nil {
 					t.Error(err)
 					return false
@@ -381,7 +383,11 @@ func TestCrashReuse(t *testing.T) {
 	if !reused {
 		t.Error("the workload reused no cluster")
 	}
+	i := 0
 	n := run.states(r, 2, func(s state) bool {
+		if i++; brief() && i%10 != 0 {
+			return true
+		}
 		if err := run.verify(t, s); err != nil {
 			t.Error(err)
 			return false

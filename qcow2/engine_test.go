@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"math/rand/v2"
 	"os/exec"
 	"path/filepath"
@@ -55,12 +56,19 @@ func closeImage(t testing.TB, m *Image) {
 	}
 }
 
-// fillRandom makes b random but for runs of zeros.
+// fillRandom makes b random, without zeros.
 func fillRandom(r *rand.Rand, b []byte) {
+	for ; len(b) >= 8; b = b[8:] {
+		binary.LittleEndian.PutUint64(b, r.Uint64()|0x0101010101010101)
+	}
 	for i := range b {
 		b[i] = byte(r.Uint32() | 1)
 	}
 }
+
+// brief reports whether tests should do a part of their work: with -short, and
+// under the race detector, which slows the testing of states down tenfold.
+func brief() bool { return raceEnabled || testing.Short() }
 
 // randomRange returns a range inside a disk of size bytes, small or large,
 // aligned or not.

@@ -14,7 +14,8 @@ import (
 // with leaks at worst, a write that succeeded and was flushed is there, and no
 // sector shows what was never written to it.
 func TestFaults(t *testing.T) {
-	seed := newSeed(t).Uint64()
+	r := newSeed(t)
+	seed := r.Uint64()
 	packed := compressedRun(t, 128<<10, 4096)
 	fresh := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 64}, nil)
 	over := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512}, make([]byte, 20000))
@@ -24,12 +25,12 @@ func TestFaults(t *testing.T) {
 	for name, run := range map[string]*crashRun{"compressed": packed, "fresh": fresh, "overlay": over} {
 		total := faultRun(t, run, seed, func(int, string) error { return nil })
 		step := 1
-		if testing.Short() {
-			step = 7
+		if brief() {
+			step = 11
 		}
 		for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
 			for _, always := range []bool{false, true} {
-				for at := 1; at <= total; at += step {
+				for at := 1 + r.IntN(step); at <= total; at += step {
 					if t.Failed() {
 						return
 					}

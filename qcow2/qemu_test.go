@@ -197,9 +197,13 @@ func compare(t testing.TB, dir, path string, model []byte) {
 // table to be replaced several times.
 func TestGrowRefcountTable(t *testing.T) {
 	r := newSeed(t)
+	size := 40 << 20
+	if brief() {
+		size = 12 << 20
+	}
 	for _, bits := range []int{16, 64} {
-		path := create(t, CreateOptions{Size: 40 << 20, ClusterSize: 512, RefcountBits: bits})
-		model := make([]byte, 40<<20)
+		path := create(t, CreateOptions{Size: int64(size), ClusterSize: 512, RefcountBits: bits})
+		model := make([]byte, size)
 		fillRandom(r, model)
 		m := open(t, path, Options{})
 		for off := 0; off < len(model); off += 1 << 20 {
