@@ -330,6 +330,41 @@ func TestSignals(t *testing.T) {
 	}
 }
 
+// TestIgnoredSignalsStayIgnored starts calf as nohup does.
+func TestIgnoredSignalsStayIgnored(t *testing.T) {
+	kernel := guest(t, (*guesttest.Program).Spin)
+	cmd := command("run", "--memory", "64M", "--kernel", kernel, "--timeout", "500ms")
+	cmd.Args = append([]string{"sh", "-c", `trap "" HUP; exec "$@"`, "sh"}, cmd.Args...)
+	cmd.Path = "/bin/sh"
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, len("hello"))); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := cmd.Process.Signal(unix.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_ = cmd.Wait() // the exit code says more
+	if got := cmd.ProcessState.ExitCode(); got != launch.ExitTimeout {
+		t.Errorf("exit code %d, want that of the timeout, %d", got, launch.ExitTimeout)
+	}
+}
+
+func TestConsoleOnAPTY(t *testing.T) {
+	kernel := guest(t, (*guesttest.Program).PowerOff)
+	code, stdout, stderr := calf(t, "run", "--memory", "64M", "--kernel", kernel, "--console", "pty")
+	if code != 0 || stdout != "" || !strings.HasPrefix(stderr, "calf: the guest's console is /dev/pts/") {
+		t.Errorf("exit code %d, output %q, message %q", code, stdout, stderr)
+	}
+}
+
 func TestKilledRunLeavesNothing(t *testing.T) {
 	dir, tmp := setUp(t), t.TempDir()
 	t.Setenv("TMPDIR", tmp)

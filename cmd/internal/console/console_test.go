@@ -47,9 +47,9 @@ func holdTerminal(how string) {
 		err = c.Close()
 	case "panic":
 		go panic("a panic outside the main goroutine")
-		select {}
+		time.Sleep(time.Hour)
 	case "wait": // for a signal
-		select {}
+		time.Sleep(time.Hour)
 	}
 	if err != nil {
 		os.Exit(1)

@@ -27,7 +27,7 @@ func inForeground(tty *os.File) bool {
 }
 
 // makeRaw makes the terminal raw. restore puts it back, and so does a guard,
-// should this process die before it can.
+// where one can be started, should this process die before it can.
 func makeRaw(tty *os.File) (restore func() error, err error) {
 	fd := int(tty.Fd()) //nolint:gosec // G115: a descriptor is a small number
 	saved, err := unix.IoctlGetTermios(fd, unix.TCGETS)
@@ -36,7 +36,9 @@ func makeRaw(tty *os.File) (restore func() error, err error) {
 	}
 	dismiss, err := startGuard(tty, saved)
 	if err != nil {
-		return nil, err
+		// A host that cannot start one more process can still run a guest: it
+		// is only a crash that would leave the terminal raw.
+		dismiss = func() error { return nil }
 	}
 	if _, err := term.MakeRaw(fd); err != nil {
 		return nil, errors.Join(fmt.Errorf("make the terminal raw: %w", err), dismiss())
@@ -54,15 +56,12 @@ func makeRaw(tty *os.File) (restore func() error, err error) {
 // the process ends, so that the terminal is whole again before the shell looks
 // at it; a process that is killed closes it.
 func startGuard(tty *os.File, saved *unix.Termios) (dismiss func() error, err error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, fmt.Errorf("find this program: %w", err)
-	}
 	hear, speak, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	guard := exec.Command(exe, GuardCommand)
+	// The link leads to this program even if its file has been replaced.
+	guard := exec.Command("/proc/self/exe", GuardCommand)
 	guard.Stdin = hear
 	guard.ExtraFiles = []*os.File{tty}
 	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of reach of the terminal's signals
@@ -106,5 +105,8 @@ func Guard() error {
 	if string(word[:n]) == "\n"+dismissal {
 		return nil
 	}
-	return unix.IoctlSetTermios(3, unix.TCSETS, &saved)
+	err := unix.IoctlSetTermios(3, unix.TCSETS, &saved)
+	// The report is read to its end, so that writing it meets no broken pipe.
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return err
 }

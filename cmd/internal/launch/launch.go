@@ -150,6 +150,10 @@ func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, e
 }
 
 func machineConfig(cfg *config.Config, opts Options, open disks, cons *console.Console) vmm.Config {
+	logger := opts.Logger
+	if cfg.VM.Name != "" {
+		logger = logger.With("vm", cfg.VM.Name)
+	}
 	return vmm.Config{
 		CPUs:        cfg.VM.CPUs,
 		Memory:      uint64(cfg.VM.Memory),
@@ -160,7 +164,7 @@ func machineConfig(cfg *config.Config, opts Options, open disks, cons *console.C
 		Console:     vmm.Console{In: cons.In, Out: cons.Out},
 		NoReboot:    opts.NoReboot,
 		BootTimeout: cfg.VM.BootTimeout,
-		Logger:      opts.Logger,
+		Logger:      logger,
 
 		AllowEmulation: opts.AllowEmulation,
 	}
