@@ -227,8 +227,8 @@ func TestExitCodes(t *testing.T) {
 			p.Raw(0x0F, 0x01, 0x1D, 0x00, 0x00, 0x00, 0x02) // lidt [Scratch], an empty table
 			p.Raw(0x31, 0xC0, 0xF7, 0xF0)                   // xor eax, eax; div eax
 		}, nil, 255, "triple-fault", "triple fault"},
-		{"timeout", (*guesttest.Program).Spin, []string{"--timeout", "100ms"}, 124, "timeout", "timeout: the run had not ended after 100ms"},
-		{"boot timeout", (*guesttest.Program).Spin, []string{"--boot-timeout", "100ms"}, 124, "boot-timeout", "boot timeout"},
+		{"timeout", (*guesttest.Program).Spin, []string{"--timeout", "2s"}, 124, "timeout", "timeout: the run had not ended after 2s"},
+		{"boot timeout", (*guesttest.Program).Spin, []string{"--boot-timeout", "1s"}, 124, "boot-timeout", "boot timeout"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			dir := setUp(t)
@@ -333,7 +333,7 @@ func TestSignals(t *testing.T) {
 // TestIgnoredSignalsStayIgnored starts calf as nohup does.
 func TestIgnoredSignalsStayIgnored(t *testing.T) {
 	kernel := guest(t, (*guesttest.Program).Spin)
-	cmd := command("run", "--memory", "64M", "--kernel", kernel, "--timeout", "500ms")
+	cmd := command("run", "--memory", "64M", "--kernel", kernel, "--timeout", "3s")
 	cmd.Args = append([]string{"sh", "-c", `trap "" HUP; exec "$@"`, "sh"}, cmd.Args...)
 	cmd.Path = "/bin/sh"
 	out, err := cmd.StdoutPipe()
