@@ -15,10 +15,9 @@ func (v *verdict) corrupt(format string, args ...any) {
 	v.corruptions = append(v.corruptions, fmt.Sprintf(format, args...))
 }
 
-// checkImage is a checker for the tests, for images without snapshots and
-// bitmaps: it counts the references to each host cluster with as little as
-// possible of the engine's own code and compares them with the image's counts
-// and COPIED flags.
+// checkImage is a checker for the tests, for images without bitmaps: it counts
+// the references to each host cluster with as little as possible of the engine's
+// own code and compares them with the image's counts and COPIED flags.
 func checkImage(b []byte) verdict {
 	v, _ := inspect(b)
 	return v
@@ -30,89 +29,120 @@ func referenced(b []byte) map[uint64]uint64 {
 	return refs
 }
 
-func inspect(b []byte) (v verdict, refs map[uint64]uint64) {
+// inspector is an image being checked.
+type inspector struct {
+	verdict
+	b     []byte
+	bits  uint32
+	order uint
+	refs  map[uint64]uint64
+	owned map[uint64]uint64 // COPIED entries by the cluster they point to
+}
+
+func inspect(b []byte) (verdict, map[uint64]uint64) {
 	be := binary.BigEndian
-	at := func(off uint64) uint64 {
-		if off+8 > uint64(len(b)) {
-			return 0
-		}
-		return be.Uint64(b[off:])
-	}
-	bits := be.Uint32(b[20:])
-	cs := uint64(1) << bits
-	order := uint(4)
+	x := &inspector{b: b, bits: be.Uint32(b[20:]), order: 4, refs: map[uint64]uint64{}, owned: map[uint64]uint64{}}
 	if be.Uint32(b[4:]) == 3 {
-		order = uint(be.Uint32(b[96:]))
+		x.order = uint(be.Uint32(b[96:]))
 	}
-	refs = map[uint64]uint64{}
-	ref := func(off, n uint64, what string) {
-		if off+n > uint64(len(b))+cs {
-			v.corrupt("%s at %#x is past the end of the file", what, off)
-			return
-		}
-		for c := off >> bits; c<<bits < off+n; c++ {
-			refs[c]++
-		}
-	}
-	ref(0, cs, "header")
-	l1, l1n := be.Uint64(b[40:]), uint64(be.Uint32(b[36:]))
-	ref(l1, l1n*8, "L1 table")
-	rt, rtn := be.Uint64(b[48:]), uint64(be.Uint32(b[56:]))<<bits
-	ref(rt, rtn, "refcount table")
+	cs := uint64(1) << x.bits
+	x.ref(0, cs, "header")
+	rt, rtn := be.Uint64(b[48:]), uint64(be.Uint32(b[56:]))<<x.bits
+	x.ref(rt, rtn, "refcount table")
 	for i := range rtn / 8 {
-		if e := at(rt + 8*i); e != 0 {
-			ref(e, cs, "refcount block")
+		if e := x.at(rt + 8*i); e != 0 {
+			x.ref(e, cs, "refcount block")
 		}
 	}
-	type owned struct{ entry, cluster uint64 }
-	var owners []owned
-	for i := range l1n {
-		e := at(l1 + 8*i)
+	x.tree(be.Uint64(b[40:]), uint64(be.Uint32(b[36:])), true)
+	table := be.Uint64(b[64:])
+	off := table
+	for range be.Uint32(b[60:]) {
+		s := b[off:]
+		x.tree(be.Uint64(s), uint64(be.Uint32(s[8:])), false)
+		off += (40 + uint64(be.Uint16(s[12:])) + uint64(be.Uint16(s[14:])) + uint64(be.Uint32(s[36:])) + 7) &^ 7
+	}
+	x.ref(table, off-table, "snapshot table")
+	x.compare(rt, rtn)
+	return x.verdict, x.refs
+}
+
+// at reads the 8 bytes at off.
+func (x *inspector) at(off uint64) uint64 {
+	if off+8 > uint64(len(x.b)) {
+		return 0
+	}
+	return binary.BigEndian.Uint64(x.b[off:])
+}
+
+// ref counts a reference to the clusters of the n bytes at off.
+func (x *inspector) ref(off, n uint64, what string) {
+	if off+n > uint64(len(x.b))+1<<x.bits {
+		x.corrupt("%s at %#x is past the end of the file", what, off)
+		return
+	}
+	for c := off >> x.bits; c<<x.bits < off+n; c++ {
+		x.refs[c]++
+	}
+}
+
+// tree follows the L1 table at off, of n entries.
+func (x *inspector) tree(off, n uint64, active bool) {
+	cs := uint64(1) << x.bits
+	x.ref(off, n*8, "L1 table")
+	for i := range n {
+		e := x.at(off + 8*i)
 		if e == 0 {
 			continue
 		}
 		table := e & entryOffset
-		ref(table, cs, "L2 table")
-		owners = append(owners, owned{e, table >> bits})
+		x.ref(table, cs, "L2 table")
+		x.own(e, table, active)
 		for j := range cs / 8 {
-			e := at(table + 8*j)
-			off := e & entryOffset
-			switch {
+			e := x.at(table + 8*j)
+			switch host := e & entryOffset; {
 			case e&entryCompressed != 0:
-				x := 62 - (uint64(bits) - 8)
-				off := e & (1<<x - 1)
-				n := (e>>x&(1<<(bits-8)-1)+1)*512 - off&511
-				ref(off, min(n, uint64(len(b))-off), "compressed data")
-			case off != 0:
-				ref(off, cs, "data")
-				owners = append(owners, owned{e, off >> bits})
+				width := 62 - (x.bits - 8)
+				host := e & (1<<width - 1)
+				n := (e>>width&(1<<(x.bits-8)-1)+1)*512 - host&511
+				x.ref(host, min(n, uint64(len(x.b))-host), "compressed data")
+			case host != 0:
+				x.ref(host, cs, "data")
+				x.own(e, host, active)
 			}
 		}
 	}
-	perBlock := cs * 8 >> order
-	counted := func(c uint64) uint64 {
-		block := at(rt + c/perBlock*8)
-		if c/perBlock >= rtn/8 || block == 0 || block+cs > uint64(len(b))+cs {
-			return 0
-		}
-		whole := make([]byte, cs)
-		if block < uint64(len(b)) {
-			copy(whole, b[block:])
-		}
-		return count(whole, order, c%perBlock)
+}
+
+func (x *inspector) own(e, off uint64, active bool) {
+	if active && e&entryCopied != 0 {
+		x.owned[off>>x.bits] = e
 	}
-	for _, o := range owners {
-		if o.entry&entryCopied != 0 && refs[o.cluster] != 1 {
-			v.corrupt("cluster %#x is COPIED and has %d references", o.cluster, refs[o.cluster])
+}
+
+// compare compares the references with the counts of the table at rt, of n
+// bytes.
+func (x *inspector) compare(rt, n uint64) {
+	for c, e := range x.owned {
+		if x.refs[c] != 1 {
+			x.corrupt("entry %#x is COPIED and its cluster has %d references", e, x.refs[c])
 		}
 	}
-	for c := range uint64(len(b))>>bits + 2 {
-		switch have, want := counted(c), refs[c]; {
+	cs := uint64(1) << x.bits
+	perBlock := cs * 8 >> x.order
+	block := make([]byte, cs)
+	for c := range uint64(len(x.b))>>x.bits + 2 {
+		if c%perBlock == 0 {
+			clear(block)
+			if off := x.at(rt + c/perBlock*8); c/perBlock < n/8 && off != 0 && off < uint64(len(x.b)) {
+				copy(block, x.b[off:])
+			}
+		}
+		switch have, want := count(block, x.order, c%perBlock), x.refs[c]; {
 		case have < want:
-			v.corrupt("cluster %#x has count %d and %d references", c, have, want)
+			x.corrupt("cluster %#x has count %d and %d references", c, have, want)
 		case have > want:
-			v.leaks++
+			x.leaks++
 		}
 	}
-	return v, refs
 }

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -51,6 +52,7 @@ type crashRun struct {
 	start   []byte // the file before the workload
 	under   backing
 	sectors []history
+	past    uint64 // sequence numbers used before the record begins
 }
 
 // crashImage makes the image that a run starts from.
@@ -88,13 +90,11 @@ func (run *crashRun) open(t testing.TB, f *memFile, readOnly bool) *Image {
 // that all share clusters and none shares sectors.
 func (run *crashRun) work(t testing.TB, m *Image, r *rand.Rand, g, n, ops int) {
 	written := map[uint64]uint64{} // sector to sequence number
-	seq := uint64(2)
+	seq := run.past + 2
 	for range ops {
 		if r.IntN(6) == 0 {
 			before := map[uint64]uint64{}
-			for k, v := range written {
-				before[k] = v
-			}
+			maps.Copy(before, written)
 			if err := m.Flush(); err != nil {
 				t.Error(err)
 				return
@@ -361,6 +361,55 @@ func compressedRun(t *testing.T, size int, clusterSize int) *crashRun {
 	}
 	run.f = &memFile{data: append([]byte(nil), start...), rec: true}
 	return run
+}
+
+// TestCrashSnapshot cuts the power while clusters and tables are copied because
+// an internal snapshot shares them, and applies the snapshot afterwards.
+func TestCrashSnapshot(t *testing.T) {
+	r := newSeed(t)
+	run := crashImage(t, CreateOptions{Size: 256 << 10, ClusterSize: 1024}, nil)
+	m := run.open(t, run.f, false)
+	run.work(t, m, r, 0, 1, 60)
+	closeImage(t, m)
+	want := make([]byte, m.Size())
+	path := filepath.Join(t.TempDir(), "disk.qcow2")
+	writeFile(t, path, run.f.data)
+	qemu(t, "qemu-img", "snapshot", "-c", "s", path)
+	start, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	run.past = 1000
+	run.start, run.f = start, &memFile{data: append([]byte(nil), start...), rec: true}
+	m = run.open(t, run.f, false)
+	if _, err := m.ReadAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	run.sectors = make([]history, len(run.sectors))
+	for lba := range run.sectors {
+		seq, err := readStamp(want[lba*sector:], uint64(lba))
+		if err != nil {
+			t.Fatal(err)
+		}
+		run.sectors[lba].floors = append(run.sectors[lba].floors, struct{ pos, seq uint64 }{0, seq})
+	}
+	run.work(t, m, r, 0, 1, 60)
+	closeImage(t, m)
+	i, last := 0, []byte(nil)
+	run.states(r, 2, func(s state) bool {
+		last = append(last[:0], s.data...)
+		if i++; brief() && i%10 != 0 {
+			return true
+		}
+		if err := run.verify(t, s); err != nil {
+			t.Error(err)
+			return false
+		}
+		return true
+	})
+	writeFile(t, path, last)
+	qemu(t, "qemu-img", "snapshot", "-a", "s", path)
+	compare(t, t.TempDir(), path, want)
 }
 
 // TestCrashReuse cuts the power while freed clusters are reused.
