@@ -77,8 +77,10 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", name, path)
 		return nil, refused
 	case format != "qcow2" && format != "raw":
-		return nil, &Error{Path: path, Kind: ErrUnsupported,
-			What: fmt.Sprintf("the format %q of the backing file %q is not supported (qcow2 and raw are)", format, name)}
+		return nil, &Error{
+			Path: path, Kind: ErrUnsupported,
+			What: fmt.Sprintf("the format %q of the backing file %q is not supported (qcow2 and raw are)", format, name),
+		}
 	}
 	target := name
 	if !filepath.IsAbs(name) {
@@ -145,7 +147,7 @@ func openTrusted(image, target string, dirs []string) (*os.File, error) {
 	}
 	// The path may have changed since it was resolved. What was opened cannot
 	// have, so its own name decides.
-	opened, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd()))) //nolint:gosec // G115: a descriptor is a small number
+	opened, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd())))
 	if err == nil && !insideAny(opened, allowed) {
 		return nil, errors.Join(outside(image, target, opened), f.Close())
 	}
@@ -153,9 +155,11 @@ func openTrusted(image, target string, dirs []string) (*os.File, error) {
 }
 
 func outside(image, target, resolved string) error {
-	e := &Error{Path: image, Kind: ErrBackingRefused,
+	e := &Error{
+		Path: image, Kind: ErrBackingRefused,
 		What: fmt.Sprintf("its backing file %s lies outside the directory of the image", target),
-		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", filepath.Dir(resolved))}
+		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", filepath.Dir(resolved)),
+	}
 	if resolved != target {
 		e.What = fmt.Sprintf("its backing file %s, which is %s, lies outside the directory of the image", target, resolved)
 	}
@@ -184,8 +188,7 @@ func insideAny(path string, dirs []string) bool {
 func openRegular(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		var pe *fs.PathError
-		if errors.As(err, &pe) {
+		if pe, ok := errors.AsType[*fs.PathError](err); ok {
 			err = pe.Err
 		}
 		return nil, &Error{Path: path, What: "cannot open the image", Err: err}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -248,7 +249,7 @@ func qemuCheck(t testing.TB, data []byte) (int, string) {
 	}
 	out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput()
 	if err != nil {
-		if e, ok := err.(*exec.ExitError); ok {
+		if e, ok := errors.AsType[*exec.ExitError](err); ok {
 			return e.ExitCode(), string(out)
 		}
 		t.Fatal(err)

@@ -53,8 +53,7 @@ func Create(path string, opts CreateOptions) error {
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
-		var pe *fs.PathError
-		if errors.As(err, &pe) {
+		if pe, ok := errors.AsType[*fs.PathError](err); ok {
 			err = pe.Err
 		}
 		return &Error{Path: path, What: "cannot create the image", Err: err}
@@ -90,9 +89,9 @@ func (o *CreateOptions) header() (*header, error) {
 		}
 		blocks, table = max(b, blocks), max(t, table)
 	}
-	h.l1Size = uint32(l1)              //nolint:gosec // G115: bounded above
-	h.refTableClusters = uint32(table) //nolint:gosec // G115: small, as it counts few clusters
-	h.refTableOffset = cs              // behind the header
+	h.l1Size = uint32(l1)
+	h.refTableClusters = uint32(table)
+	h.refTableOffset = cs // behind the header
 	h.l1Offset = cs * (1 + table + blocks)
 	return h, nil
 }
@@ -126,7 +125,7 @@ func (o *CreateOptions) format() (*header, error) {
 		return nil, invalidOption("the format %q of the backing file is not one of qcow2 and raw", o.BackingFormat)
 	}
 	h := &header{
-		version:       uint32(version),                          //nolint:gosec // G115: 2 or 3
+		version:       uint32(version),
 		clusterBits:   uint32(bits.TrailingZeros64(uint64(cs))), //nolint:gosec // G115: 9..21
 		size:          uint64(o.Size),
 		refcountOrder: uint32(bits.TrailingZeros(uint(refBits))), //nolint:gosec // G115: 0..6

@@ -3,6 +3,7 @@ package qcow2_test
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -89,7 +90,7 @@ func TestKill(t *testing.T) {
 	for round := range 4 {
 		last = max(last, killOnce(t, path, time.Duration(10+20*round)*time.Millisecond))
 		if out, err := exec.Command("qemu-img", "check", path).CombinedOutput(); err != nil {
-			e, ok := err.(*exec.ExitError)
+			e, ok := errors.AsType[*exec.ExitError](err)
 			if !ok {
 				t.Skip("qemu-img, the witness of this test, is not installed")
 			}

@@ -85,7 +85,7 @@ func inFile(path string, err error) error {
 	}
 	if e.Path == "" {
 		e.Path = path
-		if e.Kind == ErrCorrupt && e.Mend == "" {
+		if errors.Is(e.Kind, ErrCorrupt) && e.Mend == "" {
 			e.Mend = repairHint(path)
 		}
 	}

@@ -27,7 +27,7 @@ const maxBackingFormat = 15
 type featureNames map[[2]byte]string
 
 func (n featureNames) of(kind byte, bit uint) string {
-	if s := n[[2]byte{kind, byte(bit)}]; s != "" {
+	if s := n[[2]byte{kind, byte(bit)}]; s != "" { //nolint:gosec // G115: 0..63
 		return fmt.Sprintf("feature %q", s)
 	}
 	return "unknown feature"

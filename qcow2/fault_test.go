@@ -37,7 +37,7 @@ func TestFaults(t *testing.T) {
 					what := fmt.Sprintf("%s, %v at operation %d, always %v", name, errno, at, always)
 					t.Log(what)
 					faultRun(t, run, seed, func(n int, op string) error {
-						if (n == at || always && n > at) && !(op == "sync" && errno == syscall.ENOSPC) {
+						if (n == at || always && n > at) && (op != "sync" || errno != syscall.ENOSPC) {
 							return errno
 						}
 						return nil

@@ -33,7 +33,7 @@ type osFile struct {
 
 var _ file = (*osFile)(nil)
 
-func newOSFile(f *os.File) *osFile { return &osFile{f: f, fd: int(f.Fd())} } //nolint:gosec // G115: a descriptor is a small number
+func newOSFile(f *os.File) *osFile { return &osFile{f: f, fd: int(f.Fd())} }
 
 func (o *osFile) Fdatasync() error {
 	for {

@@ -36,28 +36,18 @@ func (v *vector) fill(iov [][]byte, skip int) int {
 }
 
 // ReadvAt implements file.
-func (o *osFile) ReadvAt(iov [][]byte, off int64) error {
-	_, err := o.transfer(unix.SYS_PREADV, iov, off)
-	if err != io.EOF {
-		return err
-	}
-	return nil
-}
+func (o *osFile) ReadvAt(iov [][]byte, off int64) error { return o.transfer(unix.SYS_PREADV, iov, off) }
 
 // WritevAt implements file.
 func (o *osFile) WritevAt(iov [][]byte, off int64) error {
-	_, err := o.transfer(unix.SYS_PWRITEV, iov, off)
-	return err
+	return o.transfer(unix.SYS_PWRITEV, iov, off)
 }
 
 // transfer moves all of iov with the system call trap, however often the kernel
 // interrupts it or stops short. At the end of a file being read it zeroes the
-// rest and returns io.EOF.
-func (o *osFile) transfer(trap uintptr, iov [][]byte, off int64) (done int, err error) {
-	total := 0
-	for _, b := range iov {
-		total += len(b)
-	}
+// rest.
+func (o *osFile) transfer(trap uintptr, iov [][]byte, off int64) (err error) {
+	total, done := int(length(iov)), 0
 	v := vectors.Get().(*vector)
 	used := 0
 	for done < total {
@@ -71,20 +61,19 @@ func (o *osFile) transfer(trap uintptr, iov [][]byte, off int64) (done int, err 
 			err = os.NewSyscallError(callName(trap), errno)
 			break
 		}
-		if r == 0 {
-			if trap == unix.SYS_PWRITEV {
-				err = io.ErrShortWrite
-			} else {
-				zeroFrom(iov, done)
-				err = io.EOF
-			}
+		if r == 0 && trap == unix.SYS_PWRITEV {
+			err = io.ErrShortWrite
 			break
 		}
-		done += int(r) //nolint:gosec // G115: at most total
+		if r == 0 {
+			zeroFrom(iov, done)
+			break
+		}
+		done += int(r)
 	}
 	clear(v[:used]) // keep no reference to the caller's buffers
 	vectors.Put(v)
-	return done, err
+	return err
 }
 
 func callName(trap uintptr) string {

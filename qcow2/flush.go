@@ -244,7 +244,7 @@ func (m *Image) writePointers(c *capture) error {
 		if i+1 < len(c.l1) && c.l1[i+1] == index+1 {
 			continue
 		}
-		if err := writeFull(m.file, buf, m.l1Offset+int64(index+1)*8-int64(len(buf))); err != nil {
+		if err := writeFull(m.file, buf, m.l1Offset+int64(index+1)*8-int64(len(buf))); err != nil { //nolint:gosec // G115: an index
 			return err
 		}
 		buf = buf[:0]

@@ -130,16 +130,16 @@ func (r *refcounts) newBlocks(first uint64) error {
 	}
 	entries := make([]byte, 8*n)
 	for i := range n {
-		binary.BigEndian.PutUint64(entries[8*i:], uint64(r.img.offset(start+i)))
+		binary.BigEndian.PutUint64(entries[8*i:], r.img.pointer(start+i))
 	}
-	if err := writeFull(r.img.file, entries, r.offset+int64(8*first)); err != nil {
+	if err := writeFull(r.img.file, entries, r.offset+int64(8*first)); err != nil { //nolint:gosec // G115: an index
 		// Whether or not the entries are in the file, it is valid, and
 		// another attempt writes the same.
 		r.disclaim(extent{start: start, n: n})
 		return err
 	}
 	for i := range n {
-		r.table[first+i] = uint64(r.img.offset(start + i))
+		r.table[first+i] = r.img.pointer(start + i)
 	}
 	return nil
 }
@@ -148,7 +148,7 @@ func (r *refcounts) newBlocks(first uint64) error {
 // first used counts are one and all others zero, then table behind them, and
 // makes both durable.
 func (r *refcounts) writeNewBlocks(start, blocks, used uint64, table []byte) error {
-	b := make([]byte, int64(blocks)*r.img.clusterSize)
+	b := make([]byte, int64(blocks)*r.img.clusterSize) //nolint:gosec // G115: at most 8 MiB
 	for i := range used {
 		setCount(b, r.img.refcountOrder, i, 1)
 	}
@@ -161,7 +161,7 @@ func (r *refcounts) writeNewBlocks(start, blocks, used uint64, table []byte) err
 // growTable replaces the table by a longer one. The new table lies just beyond
 // all that the old one counts, behind the blocks that count it. mu is held.
 func (r *refcounts) growTable() error {
-	cs := uint64(r.img.clusterSize)
+	cs := uint64(r.img.clusterSize) //nolint:gosec // G115: positive
 	start := r.covered()
 	entries := uint64(len(r.table)) + uint64(len(r.table))/2 + cs/8
 	clusters := (entries*8 + cs - 1) / cs
@@ -178,7 +178,7 @@ func (r *refcounts) growTable() error {
 	table := make([]uint64, clusters*cs/8)
 	copy(table, r.table)
 	for i := range blocks {
-		table[uint64(len(r.table))+i] = uint64(r.img.offset(start + i))
+		table[uint64(len(r.table))+i] = r.img.pointer(start + i)
 	}
 	area := extent{start: start, n: blocks + clusters}
 	if err := r.claim(area, metaRefBlock); err != nil {
@@ -197,7 +197,7 @@ func (r *refcounts) growTable() error {
 func (r *refcounts) switchTable(table []uint64, off int64) error {
 	clusters := uint32(int64(len(table)) * 8 >> r.img.clusterBits) //nolint:gosec // G115: at most 8 MiB
 	var field [12]byte
-	binary.BigEndian.PutUint64(field[:], uint64(off))
+	binary.BigEndian.PutUint64(field[:], uint64(off)) //nolint:gosec // G115: an offset
 	binary.BigEndian.PutUint32(field[8:], clusters)
 	err := writeFull(r.img.file, field[:], offRefTable)
 	if err == nil {

@@ -78,8 +78,10 @@ type header struct {
 func parseHeader(b []byte) (*header, error) {
 	be := binary.BigEndian
 	if len(b) < headerLengthV2 || be.Uint32(b) != magic {
-		return nil, &Error{Kind: ErrNotQCOW2, What: "not a QCOW2 image: it does not begin with a QCOW2 header",
-			Mend: "a raw image must be given as format raw"}
+		return nil, &Error{
+			Kind: ErrNotQCOW2, What: "not a QCOW2 image: it does not begin with a QCOW2 header",
+			Mend: "a raw image must be given as format raw",
+		}
 	}
 	h := &header{
 		version:          be.Uint32(b[4:]),
@@ -224,7 +226,7 @@ func (h *header) checkFeatures(names featureNames) error {
 	}
 	const known = 1<<incompatDirty | 1<<incompatCorrupt | 1<<incompatCompression
 	if unknown := h.incompatible &^ known; unknown != 0 {
-		bit := uint(bits.TrailingZeros64(unknown)) //nolint:gosec // G115: 0..63
+		bit := uint(bits.TrailingZeros64(unknown))
 		return unsupported(fmt.Sprintf("%s (incompatible feature bit %d)", names.of(featureIncompatible, bit), bit), "")
 	}
 	return nil

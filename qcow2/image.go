@@ -147,8 +147,10 @@ func length(iov [][]byte) int64 {
 // checkRange returns an error unless [off, off+n) lies inside the disk.
 func (m *Image) checkRange(off, n int64) error {
 	if off < 0 || n < 0 || off > m.size || n > m.size-off {
-		return &Error{Path: m.path, Kind: ErrRange,
-			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, m.size)}
+		return &Error{
+			Path: m.path, Kind: ErrRange,
+			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, m.size),
+		}
 	}
 	return nil
 }
@@ -164,9 +166,11 @@ func (m *Image) usable() error {
 // fail ends all writing with err, which happened while metadata was on its way
 // to stable storage. It returns the error that stays.
 func (m *Image) fail(err error) error {
-	stays := error(&Error{Path: m.path, Kind: ErrFlushFailed,
+	stays := error(&Error{
+		Path: m.path, Kind: ErrFlushFailed,
 		What: "a flush failed and the image takes no more writes", Err: err,
-		Mend: "open it again; what was written since the last flush may be lost"})
+		Mend: "open it again; what was written since the last flush may be lost",
+	})
 	m.broken.CompareAndSwap(nil, &stays)
 	return m.usable()
 }

@@ -87,8 +87,10 @@ func fcntlLock(f *os.File, cmd int, l *unix.Flock_t) error {
 
 func lockError(path string, err error) error {
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-		return &Error{Path: path, Kind: ErrLocked, What: "the image is in use by another process",
-			Mend: fmt.Sprintf("close the program that uses it (fuser %s shows which)", path)}
+		return &Error{
+			Path: path, Kind: ErrLocked, What: "the image is in use by another process",
+			Mend: fmt.Sprintf("close the program that uses it (fuser %s shows which)", path),
+		}
 	}
 	return &Error{Path: path, What: "locking the image failed", Err: err}
 }

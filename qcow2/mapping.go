@@ -42,10 +42,13 @@ func newGeometry(h *header) geometry {
 func (g *geometry) sliceBytes() int64 { return 8 << g.sliceBits }
 
 // cluster is the index of the cluster that holds the byte at off.
-func (g *geometry) cluster(off int64) uint64 { return uint64(off) >> g.clusterBits }
+func (g *geometry) cluster(off int64) uint64 { return uint64(off) >> g.clusterBits } //nolint:gosec // G115: offsets are not negative
 
 // offset is where cluster c begins.
-func (g *geometry) offset(c uint64) int64 { return int64(c << g.clusterBits) }
+func (g *geometry) offset(c uint64) int64 { return int64(c << g.clusterBits) } //nolint:gosec // G115: below 2^63, like all offsets
+
+// pointer is offset in the form of a table's entry.
+func (g *geometry) pointer(c uint64) uint64 { return c << g.clusterBits }
 
 // inCluster is the distance of off from the beginning of its cluster.
 func (g *geometry) inCluster(off int64) int64 { return off & (g.clusterSize - 1) }
@@ -59,7 +62,7 @@ func (g *geometry) l1Index(id uint64) uint64 { return id >> (g.l2Bits - g.sliceB
 
 // sliceOffset is where the slice lies in its table, in bytes.
 func (g *geometry) sliceOffset(id uint64) int64 {
-	return int64(id&(1<<(g.l2Bits-g.sliceBits)-1)) * g.sliceBytes()
+	return int64(id&(1<<(g.l2Bits-g.sliceBits)-1)) * g.sliceBytes() //nolint:gosec // G115: less than a cluster
 }
 
 // sliceIndex is the entry of cluster c in its slice.
@@ -116,8 +119,8 @@ func (g *geometry) decode(e, c uint64) (entry, error) {
 func (g *geometry) decodeCompressed(e, c uint64) (entry, error) {
 	sizeBits := g.clusterBits - 8
 	offBits := 62 - sizeBits
-	host := int64(e & (1<<offBits - 1))
-	sectors := int64(e>>offBits&(1<<sizeBits-1)) + 1
+	host := int64(e & (1<<offBits - 1))              //nolint:gosec // G115: below 2^62
+	sectors := int64(e>>offBits&(1<<sizeBits-1)) + 1 //nolint:gosec // G115: below 2^13
 	if host < g.clusterSize || host >= 1<<56 {
 		return entry{}, corruptf("the compressed cluster at guest offset %#x has its data at %#x, which is no data cluster", g.offset(c), host)
 	}

@@ -14,8 +14,10 @@ const (
 )
 
 func (k metaKind) String() string {
-	return [...]string{"data", "header", "L1 table", "an active L2 table", "reference count table",
-		"reference count structure", "snapshot table or a snapshot's L1 table"}[k]
+	return [...]string{
+		"data", "header", "L1 table", "an active L2 table", "reference count table",
+		"reference count structure", "snapshot table or a snapshot's L1 table",
+	}[k]
 }
 
 // metaSet knows which host clusters hold metadata, so that no guest data is ever
@@ -78,7 +80,7 @@ func (m *Image) claimTables(h *header, fileSize int64) error {
 		}
 	}
 	for i, e := range m.l1 {
-		off, err := m.decodeL1(e, uint64(i)) //nolint:gosec // G115: an index
+		off, err := m.decodeL1(e, uint64(i))
 		if err != nil {
 			return err
 		}

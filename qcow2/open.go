@@ -180,7 +180,7 @@ func (m *Image) loadRefcounts(h *header, fileSize int64) error {
 		return err
 	}
 	m.refs = &refcounts{
-		img: m, table: table, offset: int64(h.refTableOffset), slices: lru,
+		img: m, table: table, offset: int64(h.refTableOffset), slices: lru, //nolint:gosec // G115: validated
 		virgin: m.cluster(fileSize + m.clusterSize - 1),
 	}
 	m.covered = m.refs.covered()

@@ -166,8 +166,8 @@ func TestCloseWaits(t *testing.T) {
 	closed := make(chan error, 1)
 	go func() { closed <- m.Close() }()
 	select {
-	case <-closed:
-		t.Fatal("Close did not wait")
+	case err := <-closed:
+		t.Fatalf("Close did not wait: %v", err)
 	case <-time.After(20 * time.Millisecond):
 	}
 	for _, err := range []error{m.Flush(), m.ReadvAt([][]byte{make([]byte, 1)}, 0), m.WritevAt([][]byte{make([]byte, 1)}, 0)} {

@@ -75,12 +75,12 @@ func (r *refcounts) slice(c uint64) (*refSlice, error) {
 	if block >= uint64(len(r.table)) || r.table[block] == 0 {
 		return nil, nil
 	}
-	off, err := r.img.decodeRefTable(r.table[block], int(block))
+	off, err := r.img.decodeRefTable(r.table[block], int(block)) //nolint:gosec // G115: an index
 	if err != nil {
 		return nil, err
 	}
 	within := id & (1<<(r.img.refBlockBits-r.perSlice()) - 1)
-	s := &refSlice{off: off + int64(within)*r.sliceBytes(), b: make([]byte, r.sliceBytes())}
+	s := &refSlice{off: off + int64(within)*r.sliceBytes(), b: make([]byte, r.sliceBytes())} //nolint:gosec // G115: less than a block
 	if err := readFull(r.img.file, s.b, s.off); err != nil {
 		return nil, err
 	}
@@ -136,7 +136,7 @@ func count(b []byte, order uint, i uint64) uint64 {
 func setCount(b []byte, order uint, i, v uint64) {
 	switch order {
 	case 3:
-		b[i] = byte(v)
+		b[i] = byte(v) //nolint:gosec // G115: v fits
 	case 4:
 		binary.BigEndian.PutUint16(b[2*i:], uint16(v)) //nolint:gosec // G115: v fits
 	case 5:
@@ -146,7 +146,7 @@ func setCount(b []byte, order uint, i, v uint64) {
 	default:
 		bit := i << order
 		mask := byte(1<<(1<<order)-1) << (bit % 8)
-		b[bit/8] = b[bit/8]&^mask | byte(v<<(bit%8))&mask
+		b[bit/8] = b[bit/8]&^mask | byte(v<<(bit%8))&mask //nolint:gosec // G115: v fits
 	}
 }
 

@@ -84,7 +84,7 @@ func (m *Image) ownTable(i uint64) error {
 	}
 	m.meta.add(host, metaL2)
 	m.grown = appendExtent(m.grown, host)
-	m.l1[i] = uint64(m.offset(host.start)) | entryCopied
+	m.l1[i] = m.pointer(host.start) | entryCopied
 	m.dirtyL1[i] = struct{}{}
 	return nil
 }

@@ -114,7 +114,7 @@ func TestRanges(t *testing.T) {
 	if err := errors.Join(m.ReadvAt(nil, size), m.WritevAt([][]byte{{}}, size)); err != nil {
 		t.Errorf("nothing at the end: %v", err)
 	}
-	if n, err := m.ReadAt(b, size-150); n != 150 || err != io.EOF {
+	if n, err := m.ReadAt(b, size-150); n != 150 || !errors.Is(err, io.EOF) {
 		t.Errorf("ReadAt across the end: %d, %v", n, err)
 	}
 	closeImage(t, m)

@@ -174,9 +174,9 @@ func (e entry) reserves() bool { return e.copied && e.kind == kindZeroAlloc }
 // first, can be part of the allocation.
 func (a *allocation) extends(e entry, n uint64, clusterSize int64) bool {
 	if a.reused {
-		return e.reserves() && e.host == a.first.host+int64(n)*clusterSize
+		return e.reserves() && e.host == a.first.host+int64(n)*clusterSize //nolint:gosec // G115: at most 512 clusters
 	}
-	return !e.reserves() && !(e.copied && e.kind == kindNormal)
+	return !e.reserves() && (!e.copied || e.kind != kindNormal)
 }
 
 // publish makes the filled clusters of a the contents of its guest clusters.
@@ -188,7 +188,7 @@ func (m *Image) publish(a *allocation) {
 		if !a.reused {
 			m.unreference(a.slice.entries[at], a.guest+i)
 		}
-		a.slice.set(at, uint64(m.offset(a.host.start+i))|entryCopied)
+		a.slice.set(at, m.pointer(a.host.start+i)|entryCopied)
 	}
 	m.cache.markDirty(a.slice)
 	if !a.reused {
