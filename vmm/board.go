@@ -57,9 +57,9 @@ func newBoard(m *Machine) (*board, error) {
 		{"created the VM", b.createVM},
 		{"mapped memory", b.createMemory},
 		{"created the devices", b.createDevices},
-		{"created the disks", b.createDisks},
 		{"loaded the kernel", b.load},
 		{"created the vCPUs", b.createVCPUs},
+		{"created the disks", b.createDisks}, // of a guest that restarts
 	}
 	for _, step := range steps {
 		if err := step.do(); err != nil {
@@ -160,17 +160,22 @@ func (b *board) createDevices() error {
 	return b.vm.CoalescePIO(portCOM1)
 }
 
-// createDisks puts a virtio block device for each disk on the PCI bus.
 func (b *board) createDisks() error {
-	for i, d := range b.m.cfg.Disks {
+	for _, d := range b.m.disks {
 		if err := b.createDisk(d); err != nil {
-			return fmt.Errorf("disk %d (%s): %w", i, d.Name, err)
+			return err
 		}
 	}
 	return nil
 }
 
-func (b *board) createDisk(d Disk) error {
+// createDisk puts a virtio block device for d on the PCI bus.
+func (b *board) createDisk(d Disk) (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("disk %s: %w", d.Name, err)
+		}
+	}()
 	dev, err := blk.New(blk.Config{
 		Name:      d.Name,
 		Disk:      d.Disk,

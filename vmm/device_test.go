@@ -224,7 +224,7 @@ func TestBlockDevice(t *testing.T) {
 			d.Expect(0x666C_6163)
 			p.Print("ok")
 			p.PowerOff()
-			outcome, console := run(t, &p, func(c *vmm.Config) { c.Disks = cfg })
+			outcome, console := run(t, &p, nil, cfg...)
 			if outcome != vmm.PowerOff || console != "ok" {
 				t.Fatalf("the guest ended with %v, console %q", outcome, console)
 			}
@@ -269,9 +269,7 @@ func TestBlockDeviceRelocated(t *testing.T) {
 	d.request(0, 0, 1, 2, 512, false, 1)
 	p.Print("ok")
 	p.PowerOff()
-	outcome, console := run(t, &p, func(c *vmm.Config) {
-		c.Disks = []vmm.Disk{{Name: "disk", Disk: disk, Queues: 1}}
-	})
+	outcome, console := run(t, &p, nil, vmm.Disk{Name: "disk", Disk: disk, Queues: 1})
 	if outcome != vmm.PowerOff || console != "ok" {
 		t.Fatalf("the guest ended with %v, console %q", outcome, console)
 	}

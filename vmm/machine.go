@@ -22,8 +22,8 @@ const (
 	pageSize         = 4096
 )
 
-// Machine is a virtual machine. Run and Close are called once, by one
-// goroutine; PowerButton may be called from any.
+// Machine is a virtual machine. AddDisk, Run and Close belong to one goroutine,
+// and Run is called once; PowerButton may be called from any.
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
@@ -34,16 +34,14 @@ type Machine struct {
 	initrd *os.File // nil: none
 	out    *consoleOutput
 	in     consoleInput
+	disks  []Disk
 
 	mu    sync.Mutex // guards board against PowerButton
 	board *board     // of the guest that runs, or is to run next
 }
 
-// New builds a machine. What it cannot be built for is an error that names the
-// thing and the mend; nothing of the disks has been read or written then.
-//
-// New raises GOMAXPROCS to the number of vCPUs and queues and a few more, so
-// that a vCPU in the guest never keeps a queue's worker from running.
+// New builds a machine without disks. What it cannot be built for is an error
+// that names the thing and the mend.
 func New(cfg Config) (*Machine, error) {
 	m := &Machine{cfg: cfg, log: cfg.Logger, start: time.Now()}
 	if m.log == nil {
@@ -78,13 +76,6 @@ func (m *Machine) setUp() error {
 	if err := m.checkLimits(); err != nil {
 		return err
 	}
-	workers := m.cfg.CPUs + 2
-	for _, d := range m.cfg.Disks {
-		workers += d.Queues
-	}
-	if workers > runtime.GOMAXPROCS(0) {
-		runtime.GOMAXPROCS(workers)
-	}
 	m.out = newConsoleOutput(m.cfg.Console.Out)
 	m.board, err = newBoard(m)
 	return err
@@ -98,20 +89,6 @@ func (m *Machine) applyDefaults() error {
 	if c.Memory == 0 {
 		c.Memory = defaultMemory
 	}
-	disks := make([]Disk, len(c.Disks))
-	for i, d := range c.Disks {
-		if d.QueueSize < 0 || d.QueueSize > virtio.MaxQueueSize {
-			return fmt.Errorf("%w: disk %d (%s): a queue size of %d; ask for at most %d", ErrConfig, i, d.Name, d.QueueSize, virtio.MaxQueueSize)
-		}
-		if d.Queues == 0 {
-			d.Queues = c.CPUs
-		}
-		if d.QueueSize == 0 {
-			d.QueueSize = defaultQueueSize
-		}
-		disks[i] = d
-	}
-	c.Disks = disks
 	switch {
 	case c.CPUs < 0:
 		return fmt.Errorf("%w: %d vCPUs; ask for at least one", ErrConfig, c.CPUs)
@@ -164,6 +141,38 @@ func bootFile(f *os.File) (boot.File, error) {
 	return boot.File{ReaderAt: f, Size: info.Size()}, nil
 }
 
+// AddDisk plugs a disk into the machine, before Run. The guest finds disks in
+// the order in which they were added: vda, vdb, …. A disk belongs to the
+// caller, who closes it after Close.
+func (m *Machine) AddDisk(d Disk) error {
+	if d.QueueSize < 0 || d.QueueSize > virtio.MaxQueueSize {
+		return fmt.Errorf("%w: disk %s: a queue size of %d; ask for at most %d", ErrConfig, d.Name, d.QueueSize, virtio.MaxQueueSize)
+	}
+	if d.Queues == 0 {
+		d.Queues = m.cfg.CPUs
+	}
+	if d.QueueSize == 0 {
+		d.QueueSize = defaultQueueSize
+	}
+	if err := m.board.createDisk(d); err != nil {
+		return err
+	}
+	m.disks = append(m.disks, d)
+	return nil
+}
+
+// makeRoom raises GOMAXPROCS to the number of vCPUs and queues and a few more,
+// so that a vCPU in the guest never keeps a queue's worker from running.
+func (m *Machine) makeRoom() {
+	n := m.cfg.CPUs + 2
+	for _, d := range m.disks {
+		n += d.Queues
+	}
+	if n > runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(n)
+	}
+}
+
 // phase logs how far the way to the first instruction has been gone.
 func (m *Machine) phase(what string) {
 	m.log.Debug(what, "since_start", time.Since(m.start).Round(time.Microsecond))
@@ -172,7 +181,10 @@ func (m *Machine) phase(what string) {
 // Run runs the guest until it ends, and says how. An end of ctx ends the guest
 // as a power cut would; the outcome is then Canceled and the error the cause of
 // ctx. Any other error is the host's.
+//
+// Run raises GOMAXPROCS where vCPUs and queues need it.
 func (m *Machine) Run(ctx context.Context) (Outcome, error) {
+	m.makeRoom()
 	m.in.start(m.cfg.Console.In)
 	for {
 		outcome, err := m.board.run(ctx)

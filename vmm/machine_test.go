@@ -64,7 +64,7 @@ func (o *output) waitFor(tb testing.TB, s string) {
 var errStopped = errors.New("stopped by the test")
 
 // run boots p and returns how it ended and what it wrote.
-func run(tb testing.TB, p *guesttest.Program, change func(*vmm.Config)) (vmm.Outcome, string) {
+func run(tb testing.TB, p *guesttest.Program, change func(*vmm.Config), disks ...vmm.Disk) (vmm.Outcome, string) {
 	tb.Helper()
 	needKVM(tb)
 	out := &output{}
@@ -75,6 +75,11 @@ func run(tb testing.TB, p *guesttest.Program, change func(*vmm.Config)) (vmm.Out
 	m, err := vmm.New(cfg)
 	if err != nil {
 		tb.Fatal(err)
+	}
+	for _, d := range disks {
+		if err := m.AddDisk(d); err != nil {
+			tb.Fatal(err)
+		}
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), 20*time.Second, errors.New("the guest did not end"))
 	defer cancel()

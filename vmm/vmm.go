@@ -6,8 +6,10 @@
 // # Life
 //
 // New checks everything that can be wrong before a guest runs and builds the
-// machine; Run runs it until it ends; Close frees it. A guest that reboots gets
-// a new machine over the same disks.
+// machine; AddDisk plugs a disk into it; Run runs it until it ends; Close frees
+// it. So whatever New refuses has been refused before a caller need open an
+// image for writing. A guest that reboots gets a new machine over the same
+// disks.
 //
 // # Threads
 //
@@ -40,9 +42,6 @@ type Config struct {
 	Initrd string
 	// Cmdline is appended to the machine's own kernel command line.
 	Cmdline string
-	// Disks are the block devices in the order of their PCI slots: vda, vdb, …
-	// They belong to the caller, who closes them after Close.
-	Disks []Disk
 	// Console is the far end of the guest's serial port.
 	Console Console
 	// NoReboot ends the run where the guest would be restarted.
@@ -65,7 +64,7 @@ type Disk struct {
 	Disk blk.Disk
 	// Queues is the number of virtqueues; 0: one per vCPU.
 	Queues int
-	// QueueSize is the number of descriptors of each; 0: 256.
+	// QueueSize is the number of descriptors of each, a power of two; 0: 256.
 	QueueSize int
 	// Serial is the serial number that the guest sees, at most 20 bytes.
 	Serial string

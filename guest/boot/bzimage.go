@@ -114,9 +114,9 @@ func bootParams(hdr []byte, initrd Range, rsdp guest.GPA, memMap []e820Entry) ([
 	copy(p[hdrSetupSects:], hdr[hdrSetupSects:end])
 	le := binary.LittleEndian
 	p[hdrTypeOfLoader] = loaderUnknown
-	le.PutUint16(p[paramsVidMode:], 0xFFFF) // "normal"
+	le.PutUint16(p[paramsVidMode:], 0xFFFF)                // "normal"
 	le.PutUint32(p[hdrRamdiskImage:], uint32(initrd.Base)) //nolint:gosec // G115: below initrd_addr_max
-	le.PutUint32(p[hdrRamdiskSize:], uint32(initrd.Size)) //nolint:gosec // G115: below 4 GiB by loadInitrd
+	le.PutUint32(p[hdrRamdiskSize:], uint32(initrd.Size))  //nolint:gosec // G115: below 4 GiB by loadInitrd
 	le.PutUint32(p[hdrCmdLinePtr:], uint32(cmdlineAddr))
 	le.PutUint64(p[paramsRSDP:], uint64(rsdp))
 	p[paramsE820Entries] = byte(len(memMap)) //nolint:gosec // G115: at most maxE820

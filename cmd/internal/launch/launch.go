@@ -76,16 +76,6 @@ func Check(cfg *config.Config) error {
 	return open.close()
 }
 
-// check is Check with a look at the host.
-func check(cfg *config.Config, opts Options) error {
-	if !opts.AllowEmulation {
-		if err := vmm.Probe(); err != nil {
-			return err
-		}
-	}
-	return Check(cfg)
-}
-
 // checkReadable reports whether a regular file can be opened.
 func checkReadable(what, path string) error {
 	info, err := os.Stat(path)
@@ -120,16 +110,9 @@ const drainTime = time.Second
 // run opens what cfg names, runs the guest and closes everything again.
 func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, err error) {
 	also := func(closing error) { err = errors.Join(err, closing) }
-	// Everything is looked at before an image is opened for writing, which may
-	// change it.
-	if err := check(cfg, opts); err != nil {
+	if err := Check(cfg); err != nil {
 		return vmm.Unknown, err
 	}
-	open, err := openDisks(cfg, false)
-	if err != nil {
-		return vmm.Unknown, err
-	}
-	defer func() { also(open.close()) }()
 	cons, err := console.Open(opts.Console, opts.Streams, func() { ctx.end(errEscape) })
 	if err != nil {
 		return vmm.Unknown, err
@@ -138,18 +121,29 @@ func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, e
 	// What the guest said last is still to be read, but a reader that has
 	// stopped reading must not hold up the end.
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
-	machine, err := vmm.New(machineConfig(cfg, opts, open, cons))
+	machine, err := vmm.New(machineConfig(cfg, opts, cons))
 	if err != nil {
 		return vmm.Unknown, err
 	}
-	defer func() { also(machine.Close()) }()
+	// The disks are opened for writing, which may change them, last of all,
+	// and closed after the machine that uses them.
+	var open disks
+	defer func() { also(errors.Join(machine.Close(), open.close())) }()
+	if open, err = openDisks(cfg, false); err != nil {
+		return vmm.Unknown, err
+	}
+	for _, d := range open {
+		if err := machine.AddDisk(d); err != nil {
+			return vmm.Unknown, err
+		}
+	}
 	announce(opts.Streams.Messages, cons)
 	ctx.powerOffWith(machine.PowerButton)
 	defer ctx.powerOffWith(nil)
 	return machine.Run(ctx)
 }
 
-func machineConfig(cfg *config.Config, opts Options, open disks, cons *console.Console) vmm.Config {
+func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.Config {
 	logger := opts.Logger
 	if cfg.VM.Name != "" {
 		logger = logger.With("vm", cfg.VM.Name)
@@ -160,7 +154,6 @@ func machineConfig(cfg *config.Config, opts Options, open disks, cons *console.C
 		Kernel:      cfg.Boot.Kernel,
 		Initrd:      cfg.Boot.Initrd,
 		Cmdline:     cfg.Boot.Cmdline,
-		Disks:       open,
 		Console:     vmm.Console{In: cons.In, Out: cons.Out},
 		NoReboot:    opts.NoReboot,
 		BootTimeout: cfg.VM.BootTimeout,
