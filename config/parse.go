@@ -198,7 +198,7 @@ func convert(t reflect.Type, value any) (any, bool) {
 		return int(v), ok && int64(int(v)) == v
 	case reflect.TypeFor[Size]():
 		if v, ok := value.(int64); ok {
-			return Size(v), v >= 0
+			return Size(v), v >= 0 //nolint:gosec // G115: refused where it is negative
 		}
 		s, ok := value.(string)
 		v, err := ParseSize(s)

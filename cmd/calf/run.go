@@ -166,8 +166,7 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args []string) (*config.Confi
 	}
 	var errs config.Errors
 	collect := func(err error) {
-		var more config.Errors
-		if errors.As(err, &more) {
+		if more, ok := errors.AsType[config.Errors](err); ok {
 			errs = append(errs, more...)
 		}
 	}

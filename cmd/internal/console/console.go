@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -121,7 +122,7 @@ func (c *Console) openPTY() error {
 	}
 	// The slave stays open, so that the master goes on when a user leaves.
 	c.closers = append(c.closers, slave.Close, master.Close)
-	if _, err := term.MakeRaw(int(slave.Fd())); err != nil { //nolint:gosec // G115: a descriptor is a small number
+	if _, err := term.MakeRaw(int(slave.Fd())); err != nil {
 		return err
 	}
 	// A blocking write would wait for all of its bytes to fit.
@@ -136,7 +137,7 @@ func (c *Console) openPTY() error {
 
 func (c *Console) openStdio(std Streams, leave func()) error {
 	c.Out = &writer{file: c.own(std.Out), gate: &c.out}
-	if !term.IsTerminal(int(std.In.Fd())) { //nolint:gosec // G115: a descriptor is a small number
+	if !term.IsTerminal(int(std.In.Fd())) {
 		c.In = &reader{file: std.In, gate: &c.in}
 		return nil
 	}
@@ -162,15 +163,15 @@ func (c *Console) openStdio(std Streams, leave func()) error {
 // processes and is not calf's to change. Any other file, and a terminal that
 // cannot be opened again, is returned as it is.
 func (c *Console) own(out *os.File) *os.File {
-	if !term.IsTerminal(int(out.Fd())) { //nolint:gosec // G115: a descriptor is a small number
+	if !term.IsTerminal(int(out.Fd())) {
 		return out
 	}
-	name := "/proc/self/fd/" + strconv.Itoa(int(out.Fd())) //nolint:gosec // G115: a descriptor is a small number
+	name := "/proc/self/fd/" + strconv.Itoa(int(out.Fd()))
 	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return out
 	}
-	f := os.NewFile(uintptr(fd), out.Name()) //nolint:gosec // G115: a descriptor is a small number
+	f := os.NewFile(uintptr(fd), out.Name())
 	c.closers = append(c.closers, f.Close)
 	return f
 }
@@ -188,8 +189,8 @@ func (c *Console) Close() error {
 			g.open()
 			g.join()
 		}
-		for i := len(c.closers) - 1; i >= 0; i-- {
-			errs = append(errs, c.closers[i]())
+		for _, f := range slices.Backward(c.closers) {
+			errs = append(errs, f())
 		}
 		c.err = errors.Join(errs...)
 	})
