@@ -68,8 +68,8 @@ func (g *gate) await(fd int, events int16, limit time.Duration) (bool, error) {
 			return false, errAborted // g.fd may be closed by now
 		}
 		fds := []unix.PollFd{
-			{Fd: int32(g.fd), Events: unix.POLLIN}, //nolint:gosec // G115: a descriptor is a small number
-			{Fd: int32(fd), Events: events},        //nolint:gosec // G115: a descriptor is a small number
+			{Fd: int32(g.fd), Events: unix.POLLIN},
+			{Fd: int32(fd), Events: events},       
 		}
 		_, err := unix.Poll(fds, int(limit.Milliseconds()))
 		switch {
@@ -182,7 +182,7 @@ func withFd(file *os.File, f func(fd int) error) error {
 		return err
 	}
 	var inner error
-	if err := raw.Control(func(fd uintptr) { inner = f(int(fd)) }); err != nil { //nolint:gosec // G115: a descriptor is a small number
+	if err := raw.Control(func(fd uintptr) { inner = f(int(fd)) }); err != nil {
 		return err
 	}
 	return inner

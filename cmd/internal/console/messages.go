@@ -21,7 +21,7 @@ type Messages struct {
 // NewMessages returns Messages over w.
 func NewMessages(w io.Writer) *Messages {
 	f, ok := w.(*os.File)
-	return &Messages{w: w, isTerminal: ok && term.IsTerminal(int(f.Fd()))} //nolint:gosec // G115: a descriptor is a small number
+	return &Messages{w: w, isTerminal: ok && term.IsTerminal(int(f.Fd()))}
 }
 
 func (m *Messages) setRaw(raw bool) { m.raw.Store(raw && m.isTerminal) }

@@ -22,14 +22,14 @@ const GuardCommand = "guard-terminal"
 // inForeground reports whether this process may use the terminal without being
 // stopped for it.
 func inForeground(tty *os.File) bool {
-	owner, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP) //nolint:gosec // G115: a descriptor is a small number
+	owner, err := unix.IoctlGetInt(int(tty.Fd()), unix.TIOCGPGRP)
 	return err != nil || owner == unix.Getpgrp()
 }
 
 // makeRaw makes the terminal raw. restore puts it back, and so does a guard,
 // where one can be started, should this process die before it can.
 func makeRaw(tty *os.File) (restore func() error, err error) {
-	fd := int(tty.Fd()) //nolint:gosec // G115: a descriptor is a small number
+	fd := int(tty.Fd())
 	saved, err := unix.IoctlGetTermios(fd, unix.TCGETS)
 	if err != nil {
 		return nil, fmt.Errorf("read the terminal's settings: %w", err)
