@@ -164,16 +164,14 @@ func (r *refcounts) growTable() error {
 	cs := uint64(r.img.clusterSize) //nolint:gosec // G115: positive
 	start := r.covered()
 	entries := uint64(len(r.table)) + uint64(len(r.table))/2 + cs/8
-	clusters := (entries*8 + cs - 1) / cs
-	if clusters*cs > maxRefTable {
-		if clusters = maxRefTable / cs; clusters*cs/8 <= uint64(len(r.table)) {
-			return &Error{Kind: ErrUnsupported, What: "the file has reached the greatest size that its cluster size allows"}
-		}
-	}
+	clusters := min((entries*8+cs-1)/cs, maxRefTable/cs)
 	perBlock := uint64(1) << r.img.refBlockBits
 	blocks := uint64(1)
 	for blocks*perBlock < blocks+clusters {
 		blocks++
+	}
+	if uint64(len(r.table))+blocks > clusters*cs/8 {
+		return &Error{Kind: ErrUnsupported, What: "the file has reached the greatest size that its cluster size allows"}
 	}
 	table := make([]uint64, clusters*cs/8)
 	copy(table, r.table)

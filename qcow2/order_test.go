@@ -7,6 +7,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // gateFile holds up the operations that hold picks, until open is closed.
@@ -203,4 +205,124 @@ func TestEpochs(t *testing.T) {
 	if !e.over(freed) || !e.idle() {
 		t.Error("an epoch is not over when nobody is left")
 	}
+}
+
+// unlockedFile fails the test if the metadata lock is held, on either side,
+// during an operation of an otherwise idle image.
+type unlockedFile struct {
+	file
+	t *testing.T
+	m *Image
+}
+
+func (f *unlockedFile) check(op string) {
+	// The background goroutine may hold the lock for a moment.
+	for deadline := time.Now().Add(time.Second); !f.m.mu.TryLock(); {
+		if time.Now().After(deadline) {
+			f.t.Errorf("%s under the metadata lock", op)
+			return
+		}
+	}
+	f.m.mu.Unlock()
+}
+
+func (f *unlockedFile) ReadvAt(iov [][]byte, off int64) error {
+	f.check("read")
+	return f.file.ReadvAt(iov, off)
+}
+
+func (f *unlockedFile) WritevAt(iov [][]byte, off int64) error {
+	f.check("write")
+	return f.file.WritevAt(iov, off)
+}
+
+func (f *unlockedFile) Fdatasync() error {
+	f.check("fdatasync")
+	return f.file.Fdatasync()
+}
+
+// TestNoIOUnderLock goes through table loads and evictions, new tables, refcount
+// blocks and a new refcount table, copy-on-write, flushes, corruption and Close.
+func TestNoIOUnderLock(t *testing.T) {
+	r := newSeed(t)
+	packed := compressedRun(t, 128<<10, 512)
+	fresh := crashImage(t, CreateOptions{Size: 12 << 20, ClusterSize: 512, RefcountBits: 64}, make([]byte, 50000))
+	for _, run := range []*crashRun{packed, fresh} {
+		m, err := openFile(&memFile{data: append([]byte(nil), run.start...)}, "memory", Options{L2CacheBytes: 1}, &chain{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.backing = run.under
+		m.file = &unlockedFile{file: m.file, t: t, m: m}
+		for i := range 60 {
+			off, n := randomRange(r, m.Size(), 1<<19)
+			b := make([]byte, n)
+			if _, err := m.ReadAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := m.WriteAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+			if i%10 == 0 {
+				if err := m.Flush(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := m.explain(corruptf("a test")); err == nil || m.usable() == nil {
+			t.Error("a corruption was ignored")
+		}
+		closeImage(t, m)
+	}
+}
+
+// TestCoalesce shows that what lies together in the file is moved by one call,
+// and that a large write allocates in one go.
+func TestCoalesce(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	b := make([]byte, 500000)
+	if _, err := m.WriteAt([]byte("x"), 0); err != nil { // so that the L2 table exists
+		t.Fatal(err)
+	}
+	calls := map[string]int{}
+	run.f.fail = func(op string) error { calls[op]++; return nil }
+	for _, c := range []struct {
+		name string
+		do   func() error
+		want map[string]int
+	}{
+		{"allocate", func() error { _, err := m.WriteAt(b, 4096+100); return err }, map[string]int{"write": 1}},
+		{"overwrite", func() error { _, err := m.WriteAt(b, 4096+200); return err }, map[string]int{"write": 1}},
+		{"read", func() error { _, err := m.ReadAt(b, 1000); return err }, map[string]int{"read": 1}},
+		{"read zeros", func() error { _, err := m.ReadAt(b[:4096], 900000); return err }, map[string]int{}},
+	} {
+		clear(calls)
+		if err := c.do(); err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(c.want, calls); d != "" {
+			t.Errorf("%s: calls %s", c.name, d)
+		}
+	}
+	run.f.fail = nil
+	closeImage(t, m)
+}
+
+// TestDirtyLimit writes without a flush to more slices than may be dirty.
+func TestDirtyLimit(t *testing.T) {
+	m := open(t, create(t, CreateOptions{Size: 64 << 20, ClusterSize: 512}), Options{L2CacheBytes: 40 * (512 + sliceOverhead)})
+	for off := int64(0); off < m.Size(); off += 64 * 512 {
+		if _, err := m.WriteAt([]byte("x"), off); err != nil {
+			t.Fatal(err)
+		}
+		m.mu.RLock()
+		dirty, all := len(m.cache.dirty), m.cache.lru.Len()
+		m.mu.RUnlock()
+		if dirty > 20 || all > 41 {
+			t.Fatalf("%d dirty slices of %d, the bound is 40", dirty, all)
+		}
+	}
+	closeImage(t, m)
+	qemu(t, "qemu-img", "check", "-q", m.path)
 }

@@ -1,0 +1,80 @@
+package qcow2
+
+import (
+	"errors"
+	"fmt"
+	"os"
+)
+
+// OpenScratch opens the image at base, of the given format, "qcow2" or "raw",
+// under a throw-away overlay that takes all writes. The overlay is a file without
+// a name in dir, or in the system's directory for temporary files if dir is empty;
+// its room is given back at Close, or when the process ends. Nothing of it
+// survives a crash, so Flush does not wait for stable storage. base is locked as
+// by a reader and never written. opts hold for base and its backing files;
+// ReadOnly is ignored.
+func OpenScratch(dir, base, format string, opts Options) (*Image, error) {
+	under, err := openBase(base, format, opts)
+	if err != nil {
+		return nil, err
+	}
+	m, err := openUnnamed(dir, under.Size(), opts)
+	if err != nil {
+		return nil, errors.Join(err, under.Close())
+	}
+	m.backing = under
+	return m, nil
+}
+
+// openBase opens a file that the user, not an image, names as the base.
+func openBase(base, format string, opts Options) (backing, error) {
+	opts.ReadOnly = true
+	switch format {
+	case "qcow2":
+		return asBacking(openChain(base, opts, &chain{}))
+	case "raw":
+		f, err := openRegular(base, os.O_RDONLY)
+		if err != nil {
+			return nil, err
+		}
+		return (&chain{}).openRaw(f, base)
+	}
+	return nil, &Error{Path: base, Kind: ErrInvalidOption, What: fmt.Sprintf("the format %q is not one of qcow2 and raw", format)}
+}
+
+// openUnnamed makes an empty image in a file without a name in dir and opens it.
+func openUnnamed(dir string, size int64, opts Options) (*Image, error) {
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	o := CreateOptions{Size: size}
+	h, err := o.header()
+	if err != nil {
+		return nil, inFile(dir, err)
+	}
+	first, err := h.encode(o)
+	if err != nil {
+		return nil, inFile(dir, err)
+	}
+	f, err := os.CreateTemp(dir, "calf-scratch-*.qcow2")
+	if err != nil {
+		return nil, &Error{Path: dir, What: "cannot create a throw-away overlay", Err: err}
+	}
+	v := volatileFile{newOSFile(f)}
+	err = os.Remove(f.Name())
+	if err == nil {
+		err = writeImage(v, h, first)
+	}
+	if err != nil {
+		return nil, inFile(f.Name(), errors.Join(err, f.Close()))
+	}
+	opts.ReadOnly = false
+	return openFile(v, f.Name(), opts, &chain{})
+}
+
+// volatileFile is a file that nobody can open again. What it holds dies with the
+// process, so nothing in it needs to be on stable storage.
+type volatileFile struct{ *osFile }
+
+// Fdatasync implements file.
+func (volatileFile) Fdatasync() error { return nil }
