@@ -31,7 +31,9 @@
 //     and barriers. Flushes wait for it, and writers when too much is dirty.
 //  2. refcounts.mu: held by the commit while it applies counts, and by the
 //     search for free clusters, across their reads and writes.
-//  3. Image.mu, the metadata lock: never held across I/O, on either side. The
+//  3. Image.syncMu: held across each fdatasync, so that every caller after a
+//     failed one learns of it.
+//  4. Image.mu, the metadata lock: never held across I/O, on either side. The
 //     shared side is for lookups; the exclusive one for changes to memory, and
 //     short.
 //

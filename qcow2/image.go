@@ -31,6 +31,10 @@ type Image struct {
 	// be corrupt, or a flush failed. It stays. Any goroutine may set it.
 	broken atomic.Pointer[error]
 
+	// syncMu makes calls of fdatasync take turns. It is held across them, and
+	// with it none but mu is taken.
+	syncMu sync.Mutex
+
 	// mu is the metadata lock. It is never held across input or output,
 	// neither shared nor exclusively, and is the last in the lock order.
 	mu     sync.RWMutex
@@ -176,8 +180,15 @@ func (m *Image) fail(err error) error {
 }
 
 // datasync makes all that was written durable. After a failure it is unknown
-// which pages the kernel dropped, so nothing may be built on them.
+// which pages the kernel dropped, so nothing may be built on them. The kernel
+// reports a failure to one caller only; as callers take turns, each later one
+// finds it here.
 func (m *Image) datasync() error {
+	m.syncMu.Lock()
+	defer m.syncMu.Unlock()
+	if err := m.usable(); err != nil {
+		return err
+	}
 	if err := m.file.Fdatasync(); err != nil {
 		return m.fail(err)
 	}
