@@ -207,3 +207,31 @@ func TestScratch(t *testing.T) {
 		}
 	}
 }
+
+// TestCorruptBacking shows that a broken backing file fails the reads that need
+// it, by its own name, and leaves the overlay writable.
+func TestCorruptBacking(t *testing.T) {
+	dir := t.TempDir()
+	b, l2 := hostileImage(t, CreateOptions{Size: 1 << 20})
+	put(b, l2, 8, 0x8000000000052a00)
+	writeFile(t, dir+"/base.qcow2", b)
+	path := dir + "/overlay.qcow2"
+	if err := Create(path, CreateOptions{Size: 1 << 20, BackingFile: "base.qcow2", BackingFormat: "qcow2"}); err != nil {
+		t.Fatal(err)
+	}
+	m := open(t, path, Options{})
+	if _, err := m.ReadAt(make([]byte, 10), 0); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "base.qcow2: ") {
+		t.Errorf("read: %v", err)
+	}
+	if _, err := m.WriteAt([]byte("x"), 10); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("a write that has to copy what cannot be read: %v", err)
+	}
+	if _, err := m.WriteAt(make([]byte, 1<<16), 0); err != nil {
+		t.Errorf("a write of the whole cluster: %v", err)
+	}
+	closeImage(t, m)
+	closeImage(t, open(t, path, Options{}))
+	if after, err := os.ReadFile(dir + "/base.qcow2"); err != nil || !bytes.Equal(after, b) {
+		t.Errorf("the backing file was changed (%v)", err)
+	}
+}

@@ -260,3 +260,39 @@ func TestUnknownAutoclear(t *testing.T) {
 	closeImage(t, m)
 	field()
 }
+
+// TestFarOffsets writes all over large disks that QEMU made, whose tables are
+// many or must grow.
+func TestFarOffsets(t *testing.T) {
+	for _, c := range []struct{ options, size string }{
+		{"cluster_size=512", "1G"},
+		{"cluster_size=4k", "100G"},
+		{"cluster_size=4k,refcount_bits=64", "100G"},
+		{"cluster_size=64k", "16T"},
+		{"cluster_size=2M", "60T"},
+	} {
+		t.Run(c.options, func(t *testing.T) {
+			r := newSeed(t)
+			path := filepath.Join(t.TempDir(), "disk.qcow2")
+			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", c.options, path, c.size)
+			m := open(t, path, Options{})
+			read := []string{"-f", "qcow2", "-r"}
+			for i := range 60 {
+				off := r.Int64N(m.Size()/4096) * 4096
+				if i == 0 {
+					off = m.Size() - 4096
+				}
+				v := byte(i + 1)
+				if _, err := m.WriteAt(bytes.Repeat([]byte{v}, 4096), off); err != nil {
+					t.Fatal(err)
+				}
+				read = append(read, "-c", fmt.Sprintf("read -P %d %d 4096", v, off))
+			}
+			closeImage(t, m)
+			qemu(t, "qemu-img", "check", "-q", path)
+			if out := qemu(t, "qemu-io", append(read, path)...); strings.Contains(out, "failed") {
+				t.Error(out)
+			}
+		})
+	}
+}

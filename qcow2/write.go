@@ -89,8 +89,8 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 }
 
 // reserve begins the allocation of the clusters at the beginning of
-// [off, off+n), for a caller that has a pin. It returns nil after it had to wait, or do something without the
-// lock, in which case the caller looks again.
+// [off, off+n), for a caller that has a pin. It returns nil after it had to
+// wait, or to do something without the lock: then the caller looks again.
 func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	c := m.cluster(off)
 	id := m.sliceID(c)
