@@ -10,6 +10,7 @@ import (
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/guest"
 	"github.com/calfvm/calf/guest/boot"
+	"github.com/calfvm/calf/virtio"
 	"github.com/calfvm/calf/virtio/pci"
 	"github.com/calfvm/calf/vmm/internal/acpi"
 	"github.com/calfvm/calf/vmm/internal/kvm"
@@ -40,7 +41,7 @@ type board struct {
 	ended   chan struct{}
 
 	bootOnce sync.Once
-	booted   chan struct{} // closed when the guest starts its first process
+	booted   chan struct{} // closed when the guest has booted (Config.BootTimeout)
 
 	// closers undo, last first, what newBoard did.
 	closers []func() error
@@ -187,7 +188,7 @@ func (b *board) createDisk(d Disk) (err error) {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	fn, err := pci.New(pciHost{b}, b.mem, dev, pci.Options{Logger: b.m.log})
+	fn, err := pci.New(pciHost{b}, b.mem, bootMarker{dev, b.markBooted}, pci.Options{Logger: b.m.log})
 	if err != nil {
 		return err
 	}
@@ -200,6 +201,17 @@ func (b *board) createDisk(d Disk) (err error) {
 		return err
 	}
 	return b.pci.plug(fn)
+}
+
+// bootMarker is a device that tells when a driver has started it.
+type bootMarker struct {
+	virtio.Device
+	started func()
+}
+
+func (d bootMarker) Start(features uint64) error {
+	d.started()
+	return d.Device.Start(features)
 }
 
 // load puts the ACPI tables and the kernel into memory.
@@ -328,7 +340,7 @@ func (b *board) run(ctx context.Context) (Outcome, error) {
 		case <-bootTimeout:
 			b.end(BootTimeout)
 		case <-booted:
-			b.m.phase("guest started its first process")
+			b.m.phase("guest booted")
 			booted, bootTimeout = nil, nil
 		case <-ticker.C:
 			b.drainCoalesced(b.vcpus[0].kvm)

@@ -207,22 +207,46 @@ func TestBootTimeout(t *testing.T) {
 	if got, _ := run(t, &p, func(c *vmm.Config) { c.BootTimeout = 20 * time.Millisecond }); got != vmm.BootTimeout {
 		t.Errorf("a guest that starts no process ended with %v, want %v", got, vmm.BootTimeout)
 	}
-	// Opening the serial port as Linux does ends the wait.
-	var q guesttest.Program
-	q.Out8(0x3F9, 0x05)
-	q.Halt()
-	needKVM(t)
-	m, err := vmm.New(vmm.Config{Memory: 64 << 20, Kernel: q.Kernel(t), BootTimeout: 200 * time.Millisecond, AllowEmulation: true})
-	if err != nil {
-		t.Fatal(err)
+	for name, boot := range map[string]func(p *guesttest.Program){
+		"console": func(p *guesttest.Program) { p.Out8(0x3F9, 0x05) },
+		"disk": func(p *guesttest.Program) {
+			d := driver{Program: p, slot: 1, bar: 0xC000_0000}
+			d.start(d.findCapabilities(), 1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var p guesttest.Program
+			p.Out8(0x3F9, 0x0F) // as a driver does that looks for the port
+			p.Out8(0x3F9, 0)
+			boot(&p)
+			p.Halt()
+			m, err := vmm.New(vmm.Config{Memory: 64 << 20, Kernel: p.Kernel(t), BootTimeout: 200 * time.Millisecond, AllowEmulation: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := m.AddDisk(vmm.Disk{Name: "disk", Disk: &memDisk{b: make([]byte, 64<<10)}}); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 600*time.Millisecond)
+			defer cancel()
+			if got, err := m.Run(ctx); got != vmm.Canceled {
+				t.Errorf("a guest that had booted ended with %v, %v; want %v", got, err, vmm.Canceled)
+			}
+			if err := m.Close(); err != nil {
+				t.Error(err)
+			}
+		})
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 600*time.Millisecond)
-	defer cancel()
-	if got, err := m.Run(ctx); got != vmm.Canceled {
-		t.Errorf("a guest that opened its console ended with %v, %v; want %v", got, err, vmm.Canceled)
-	}
-	if err := m.Close(); err != nil {
-		t.Error(err)
+}
+
+// TestProbeIsNoBoot: looking for the serial port is not opening it.
+func TestProbeIsNoBoot(t *testing.T) {
+	var p guesttest.Program
+	p.Out8(0x3F9, 0x0F)
+	p.Out8(0x3F9, 0)
+	p.Halt()
+	if got, _ := run(t, &p, func(c *vmm.Config) { c.BootTimeout = 100 * time.Millisecond }); got != vmm.BootTimeout {
+		t.Errorf("the guest ended with %v, want %v", got, vmm.BootTimeout)
 	}
 }
 

@@ -46,8 +46,9 @@ type Config struct {
 	Console Console
 	// NoReboot ends the run where the guest would be restarted.
 	NoReboot bool
-	// BootTimeout bounds the time from Run until the guest's kernel starts its
-	// first process; 0: no bound. A reboot starts it anew.
+	// BootTimeout bounds the time from Run until the guest has booted: its
+	// kernel has opened the serial console for the first process, or started a
+	// disk, whichever comes first. 0: no bound. A reboot starts it anew.
 	BootTimeout time.Duration
 	// AllowEmulation accepts a KVM that has no hardware virtualization behind
 	// it and emulates each instruction: enough for tiny guests, useless for
@@ -85,7 +86,7 @@ const (
 	Panic
 	// TripleFault: the guest's processor gave up.
 	TripleFault
-	// BootTimeout: the guest's kernel started no process in time.
+	// BootTimeout: the guest had not booted in time.
 	BootTimeout
 	// Canceled: the context of Run ended.
 	Canceled
