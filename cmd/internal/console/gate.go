@@ -69,7 +69,7 @@ func (g *gate) await(fd int, events int16, limit time.Duration) (bool, error) {
 		}
 		fds := []unix.PollFd{
 			{Fd: int32(g.fd), Events: unix.POLLIN},
-			{Fd: int32(fd), Events: events},       
+			{Fd: int32(fd), Events: events},
 		}
 		_, err := unix.Poll(fds, int(limit.Milliseconds()))
 		switch {

@@ -2,10 +2,7 @@ package launch
 
 import (
 	"errors"
-	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/calfvm/calf/blk"
@@ -48,9 +45,10 @@ func (d disks) close() error {
 	return errors.Join(errs...)
 }
 
+// openDisk opens a disk, under a throw-away overlay if that is asked for.
 func openDisk(d config.Disk, readOnly bool) (image, error) {
 	if d.Snapshot && !d.ReadOnly && !readOnly {
-		return openOverlay(d)
+		return qcow2.OpenScratch("", d.Path, d.Format, options(d, true))
 	}
 	return openImage(d, d.ReadOnly || readOnly)
 }
@@ -64,36 +62,4 @@ func openImage(d config.Disk, readOnly bool) (image, error) {
 
 func options(d config.Disk, readOnly bool) qcow2.Options {
 	return qcow2.Options{ReadOnly: readOnly, BackingDirs: d.BackingDirs, L2CacheBytes: int64(d.L2Cache)} //nolint:gosec // G115: the rules bound it
-}
-
-// openOverlay opens an empty image over the one of d, which is opened for
-// reading and locked as a reader locks it. The overlay has no name any more
-// when openOverlay returns: nothing is left of it, however the process ends.
-func openOverlay(d config.Disk) (img image, err error) {
-	base, err := openImage(d, true) // finds what is wrong with it, under its own name
-	if err != nil {
-		return nil, err
-	}
-	create := qcow2.CreateOptions{Size: base.Size(), BackingFile: d.Path, BackingFormat: d.Format}
-	if err := base.Close(); err != nil {
-		return nil, err
-	}
-	resolved, err := filepath.EvalSymlinks(d.Path)
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.MkdirTemp("", "calf-")
-	if err != nil {
-		return nil, fmt.Errorf("make a throw-away overlay for %s: %w", d.Path, err)
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	path := filepath.Join(dir, "overlay.qcow2")
-	if err := qcow2.Create(path, create); err != nil {
-		return nil, err
-	}
-	// The trust rule is for what images name. That this overlay may name the
-	// image is the user's own word.
-	opts := options(d, false)
-	opts.BackingDirs = append([]string{filepath.Dir(resolved)}, opts.BackingDirs...)
-	return qcow2.Open(path, opts)
 }
