@@ -121,7 +121,7 @@ type vm struct {
 	mu   sync.Mutex
 	out  bytes.Buffer  // guarded by mu; standard output: the guest's console
 	errs bytes.Buffer  // guarded by mu; standard error: calf's own messages
-	more chan struct{} // guarded by mu; closed and replaced when out has grown
+	more chan struct{} // guarded by mu; closed and replaced when out or errs has grown
 }
 
 // startCalf runs calf with args, without a standard input.
@@ -185,27 +185,39 @@ func (v *vm) stderr() string {
 	return v.errs.String()
 }
 
-// waitFor waits until text appears on the console.
+// waitFor waits until the guest has written text to its console.
 func (v *vm) waitFor(text string) {
+	v.t.Helper()
+	v.wait(v.console, text)
+}
+
+// waitForMessage waits until calf itself has said text.
+func (v *vm) waitForMessage(text string) {
+	v.t.Helper()
+	v.wait(v.stderr, text)
+}
+
+// wait waits until what said returns holds text.
+func (v *vm) wait(said func() string, text string) {
 	v.t.Helper()
 	timeout := time.After(patience)
 	for {
 		v.mu.Lock()
 		more := v.more
 		v.mu.Unlock()
-		if strings.Contains(v.console(), text) {
+		if strings.Contains(said(), text) {
 			return
 		}
 		select {
 		case <-more:
 		case <-v.done:
-			if strings.Contains(v.console(), text) {
+			if strings.Contains(said(), text) {
 				return
 			}
-			v.t.Fatalf("calf exited with status %d before the guest said %q", v.status(), text)
+			v.t.Fatalf("calf exited with status %d before %q was said", v.status(), text)
 		case <-timeout:
 			v.kill()
-			v.t.Fatalf("the guest did not say %q within %v", text, patience)
+			v.t.Fatalf("%q was not said within %v", text, patience)
 		}
 	}
 }

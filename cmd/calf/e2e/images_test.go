@@ -1,10 +1,10 @@
 package e2e
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
+	"hash/crc32"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -13,26 +13,30 @@ import (
 	"github.com/calfvm/calf/cmd/internal/lab"
 )
 
-// The base images are made once and shared by hard links: a backing file has
-// to lie in the directory of its overlay, and no test may change one.
+// bases makes the root file system of guests, once, as base.raw and base.qcow2
+// of a directory.
 var bases = sync.OnceValues(func() (dir string, err error) {
 	if dir, err = os.MkdirTemp("", "bases-"); err != nil {
 		return "", err
 	}
-	return dir, lab.GuestRoot(filepath.Join(dir, "base.raw"), 64, nil)
+	raw, qcow2 := filepath.Join(dir, "base.raw"), filepath.Join(dir, "base.qcow2")
+	if err := lab.GuestRoot(raw, 48, nil); err != nil {
+		return "", err
+	}
+	return dir, exec.Command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, qcow2).Run()
 })
 
 // images is a directory of a test for its images.
 type images struct {
 	t    *testing.T
 	dir  string
-	sums map[string]string // of the base images in dir, when they were put there
+	sums map[string]uint32 // checksums of what must not change
 }
 
-// newImages returns an empty directory. At the end of the test its base images
-// have to be what they were.
+// newImages returns an empty directory. Images put into it that must not change
+// are checked at the end of the test.
 func newImages(t *testing.T) *images {
-	im := &images{t: t, dir: t.TempDir(), sums: make(map[string]string)}
+	im := &images{t: t, dir: t.TempDir(), sums: make(map[string]uint32)}
 	t.Cleanup(func() {
 		for file, want := range im.sums {
 			if got := checksum(t, file); got != want {
@@ -45,26 +49,30 @@ func newImages(t *testing.T) *images {
 
 func (im *images) path(name string) string { return filepath.Join(im.dir, name) }
 
-// base puts the raw root file system of guests into the directory.
+// base puts the root file system of guests into the directory, raw.
 func (im *images) base() string {
+	im.t.Helper()
+	return im.link("base.raw")
+}
+
+// baseQCOW2 puts the same there as a QCOW2 image.
+func (im *images) baseQCOW2() string {
+	im.t.Helper()
+	return im.link("base.qcow2")
+}
+
+// link puts a base image into the directory, as a backing file has to lie in
+// the one of its overlay. All tests share it, so none may change it.
+func (im *images) link(name string) string {
 	im.t.Helper()
 	dir, err := bases()
 	if err != nil {
 		im.t.Fatal(err)
 	}
-	file := im.path("base.raw")
-	if err := os.Link(filepath.Join(dir, "base.raw"), file); err != nil {
+	file := im.path(name)
+	if err := os.Link(filepath.Join(dir, name), file); err != nil {
 		im.t.Fatal(err)
 	}
-	im.sums[file] = checksum(im.t, file)
-	return file
-}
-
-// baseQCOW2 puts the same into the directory as a QCOW2 image.
-func (im *images) baseQCOW2() string {
-	im.t.Helper()
-	file := im.path("base.qcow2")
-	run(im.t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", im.base(), file)
 	im.sums[file] = checksum(im.t, file)
 	return file
 }
@@ -116,16 +124,18 @@ func (im *images) fileInside(image, name string) string {
 	return run(im.t, "debugfs", "-R", "cat "+name, raw)
 }
 
-func checksum(t *testing.T, file string) string {
+// checksum is of the contents of a file; one that an emulated processor computes
+// fast.
+func checksum(t *testing.T, file string) uint32 {
 	t.Helper()
 	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	h := sha256.New()
+	h := crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	if _, err := io.Copy(h, f); err != nil {
 		t.Fatal(err)
 	}
-	return hex.EncodeToString(h.Sum(nil))
+	return h.Sum32()
 }

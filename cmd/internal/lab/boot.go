@@ -22,9 +22,10 @@ var (
 )
 
 // The modules that the machines load, where they are no part of the kernel.
+// With button and evdev a guest hears its power button.
 var (
 	outerModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4", "kvm_amd"}
-	guestModules = []string{"virtio_pci", "virtio_blk", "ext4"}
+	guestModules = []string{"virtio_pci", "virtio_blk", "ext4", "button", "evdev"}
 )
 
 // rootTools are the programs on the outer machine's root disk, besides busybox.

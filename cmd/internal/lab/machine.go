@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -75,8 +76,8 @@ func Run(cfg Config, commands ...[]string) (status int, err error) {
 		errs = append(errs, m.err)
 	}
 	err = errors.Join(errs...)
-	if err == nil && status == 0 {
-		return 0, os.RemoveAll(dir)
+	if err == nil && status == 0 || ctx.Err() != nil {
+		return status, errors.Join(err, os.RemoveAll(dir))
 	}
 	fmt.Fprintf(os.Stderr, "lab: the console log and the artifacts of the outer machine are in %s\n", dir)
 	return status, err
@@ -248,8 +249,10 @@ func (m *machine) saveArtifact(name string, data []byte) error {
 	return cmp.Or(err, f.Close())
 }
 
-// lastWords is the end of what the machine and QEMU said, for an error message.
+// lastWords is the end of what QEMU and the machine said, or what the machine
+// said from its kernel's panic on, for an error message.
 func (m *machine) lastWords() string {
+	const most = 15 // lines of each
 	var words strings.Builder
 	for _, name := range []string{fileQEMU, fileConsole} {
 		text, err := os.ReadFile(m.path(name))
@@ -257,8 +260,12 @@ func (m *machine) lastWords() string {
 			continue
 		}
 		lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-		lines = lines[max(0, len(lines)-15):]
-		fmt.Fprintf(&words, "\n--- end of %s ---\n%s", name, strings.Join(lines, "\n"))
+		from := slices.IndexFunc(lines, func(l string) bool { return strings.Contains(l, "Kernel panic") })
+		if from < 0 {
+			from = max(0, len(lines)-most)
+		}
+		lines = lines[from:min(len(lines), from+most)]
+		fmt.Fprintf(&words, "\n--- %s ---\n%s", name, strings.Join(lines, "\n"))
 	}
 	return words.String()
 }
