@@ -25,6 +25,7 @@ type bench struct {
 	dev   *blk.Device
 	ring  *vt.Ring
 	batch func() bool
+	reqs  []*request
 	n     int
 	idx   uint16
 }
@@ -42,7 +43,7 @@ func newBench(tb testing.TB, disk blk.Disk, kind uint32, size, n int) *bench {
 
 func newBenchOn(tb testing.TB, dev *blk.Device, queue int, kind uint32, size, n int) *bench {
 	tb.Helper()
-	const features = 1<<virtio.FeatureIndirectDesc | 1<<virtio.FeatureEventIdx | 1<<fFlush
+	const features = 1<<virtio.FeatureIndirectDesc | 1<<virtio.FeatureEventIdx | 1<<fFlush | 1<<fDiscard | 1<<fWriteZeroes
 	if err := dev.Start(features); err != nil {
 		tb.Fatal(err)
 	}
@@ -55,14 +56,23 @@ func newBenchOn(tb testing.TB, dev *blk.Device, queue int, kind uint32, size, n 
 		tb.Fatal(err)
 	}
 	r := &rig{tb: tb, m: m}
+	b := &bench{dev: dev, ring: ring, batch: dev.Batch(queue, q), n: n}
 	for i := range n {
 		req := r.newRequest(kind, uint64(i*size/512)%512, size)
+		b.reqs = append(b.reqs, req)
 		bufs := req.bufs(kind == tIn || kind == tGetID)
 		table := m.Alloc(64, 16)
 		ring.Table(table, bufs...)
 		ring.SetDesc(i, table, uint32(16*len(bufs)), vt.Indirect, 0)
 	}
-	return &bench{dev: dev, ring: ring, batch: dev.Batch(queue, q), n: n}
+	return b
+}
+
+// fill puts data into every request.
+func (b *bench) fill(data []byte) {
+	for _, req := range b.reqs {
+		copy(req.bytes(), data)
+	}
 }
 
 // round makes all requests available once and has them served.
@@ -132,11 +142,13 @@ func FuzzRequest(f *testing.F) {
 	f.Add([]byte{tGetID}, []byte{8, 8, 128 + 21})
 	f.Add([]byte{tFlush}, []byte{17, 129})
 	f.Add([]byte{}, []byte{3, 129})
-	const features = 1<<virtio.FeatureIndirectDesc | 1<<virtio.FeatureEventIdx | 1<<fFlush
+	f.Add(append([]byte{tDiscard, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, payload(seg{1, 2, 0}, seg{3, 4, 0})...), []byte{16, 32, 129})
+	f.Add(append([]byte{tWriteZeroes, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, payload(seg{1, 2, fUnmap})...), []byte{32, 129})
+	const features = 1<<virtio.FeatureIndirectDesc | 1<<virtio.FeatureEventIdx | 1<<fFlush | 1<<fDiscard | 1<<fWriteZeroes
 	m := vt.NewMachineOf(1 << 20)
 	ringArea := [3]guest.GPA{m.Alloc(16*64, 16), m.Alloc(512, 4), m.Alloc(1024, 4)}
 	area := m.Alloc(256<<10, 4096)
-	disk := newMemory(64 << 10)
+	disk := newThin(64 << 10)
 	f.Fuzz(func(t *testing.T, header, frame []byte) {
 		dev, err := blk.New(blk.Config{Disk: disk})
 		if err != nil {

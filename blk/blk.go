@@ -33,11 +33,13 @@ const (
 
 // Feature bits of a block device, as bit numbers (section 5.2.3).
 const (
-	featureSegMax  = 2  // VIRTIO_BLK_F_SEG_MAX
-	featureRO      = 5  // VIRTIO_BLK_F_RO
-	featureBlkSize = 6  // VIRTIO_BLK_F_BLK_SIZE
-	featureFlush   = 9  // VIRTIO_BLK_F_FLUSH
-	featureMQ      = 12 // VIRTIO_BLK_F_MQ
+	featureSegMax      = 2  // VIRTIO_BLK_F_SEG_MAX
+	featureRO          = 5  // VIRTIO_BLK_F_RO
+	featureBlkSize     = 6  // VIRTIO_BLK_F_BLK_SIZE
+	featureFlush       = 9  // VIRTIO_BLK_F_FLUSH
+	featureMQ          = 12 // VIRTIO_BLK_F_MQ
+	featureDiscard     = 13 // VIRTIO_BLK_F_DISCARD
+	featureWriteZeroes = 14 // VIRTIO_BLK_F_WRITE_ZEROES
 )
 
 // Config is what a Device is made of. Only Disk is required.
@@ -52,6 +54,9 @@ type Config struct {
 	// power of 2 from 512 to 64 KiB that divides the size of the disk.
 	// 0 means 512.
 	BlockSize uint32
+	// NoDiscard keeps the guest from giving up space of the disk: it is offered
+	// no discards, and ranges it zeroes stay allocated.
+	NoDiscard bool
 	// Serial is what the guest reads as the serial number, at most MaxSerial
 	// bytes.
 	Serial string
@@ -70,7 +75,10 @@ var ErrConfig = errors.New("blk: impossible configuration")
 type Device struct {
 	cfg      Config
 	features uint64
-	capacity uint64 // sectors
+	capacity uint64    // sectors
+	discard  Discarder // nil if discards are not offered
+	zero     ZeroWriter
+	punch    bool // a WRITE_ZEROES may deallocate (B8)
 	space    [configSize]byte
 	serial   [MaxSerial]byte
 	log      *slog.Logger
@@ -106,11 +114,13 @@ func New(cfg Config) (*Device, error) {
 		features: 1<<featureSegMax | 1<<featureBlkSize | 1<<featureFlush,
 	}
 	copy(d.serial[:], cfg.Serial)
-	if cfg.Disk.ReadOnly() {
-		d.features |= 1 << featureRO
-	}
 	if cfg.Queues > 1 {
 		d.features |= 1 << featureMQ
+	}
+	if cfg.Disk.ReadOnly() {
+		d.features |= 1 << featureRO
+	} else {
+		d.initRanges()
 	}
 	d.initSpace()
 	return d, nil

@@ -44,7 +44,12 @@ func TestConfigSpace(t *testing.T) {
 		{"topology", 0x18, 8, 0},
 		{"writeback", 0x20, 1, 0},
 		{"num_queues", 0x22, 2, 4},
-		{"discard limits", 0x24, 8, 0},
+		{"max_discard_sectors, max_discard_seg", 0x24, 8, 0},
+		{"discard_sector_alignment", 0x2c, 4, 0},
+		{"max_write_zeroes_sectors", 0x30, 4, 64 << 20 / 512},
+		{"max_write_zeroes_seg", 0x34, 4, 1},
+		{"B8 write_zeroes_may_unmap", 0x38, 1, 0},
+		{"max_secure_erase_sectors", 0x3c, 4, 0},
 		{"end", 0x58, 8, 0},
 		{"past the end", 0x5e, 4, 0},
 		{"far past the end", 0xf8, 8, 0},
@@ -61,18 +66,23 @@ func TestConfigSpace(t *testing.T) {
 }
 
 func TestFeatures(t *testing.T) {
-	base := uint64(1<<fSegMax | 1<<fBlkSize | 1<<fFlush)
+	const base = uint64(1<<fSegMax | 1<<fBlkSize | 1<<fFlush)
+	const writable = base | 1<<fWriteZeroes
+	thin := &blktest.Thin{}
 	for _, c := range []struct {
-		name   string
-		queues int
-		ro     bool
-		want   uint64
+		name string
+		cfg  blk.Config
+		want uint64
 	}{
-		{"one queue", 1, false, base},
-		{"two queues", 2, false, base | 1<<fMQ},
-		{"read-only", 1, true, base | 1<<fRO},
+		{"one queue", blk.Config{Disk: &blktest.Memory{}}, writable},
+		{"two queues", blk.Config{Disk: &blktest.Memory{}, Queues: 2}, writable | 1<<fMQ},
+		{"read-only", blk.Config{Disk: &blktest.Memory{RO: true}}, base | 1<<fRO},
+		{"thin", blk.Config{Disk: thin}, writable | 1<<fDiscard},
+		{"thin without discards", blk.Config{Disk: thin, NoDiscard: true}, writable},
+		{"thin that cannot", blk.Config{Disk: &blktest.Thin{Granularity: -1}}, writable},
+		{"thin, read-only", blk.Config{Disk: &blktest.Thin{Memory: blktest.Memory{RO: true}}}, base | 1<<fRO},
 	} {
-		dev, err := blk.New(blk.Config{Disk: &blktest.Memory{RO: c.ro}, Queues: c.queues})
+		dev, err := blk.New(c.cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -137,7 +147,7 @@ func TestRequests(t *testing.T) {
 		{"B2 FLUSH with a sector", tFlush, ^uint64(0), 0, sOK, 1},
 		{"B4 SCSI_CMD", tSCSI, 0, 512, sUnsupp, 0},
 		{"B4 DISCARD", tDiscard, 0, 0, sUnsupp, 1},
-		{"B4 WRITE_ZEROES", tWriteZeroes, 0, 0, sUnsupp, 1},
+		{"B4 SECURE_ERASE", 14, 0, 0, sUnsupp, 1},
 		{"B4 unknown", 0xffff_ffff, 0, 0, sUnsupp, 1},
 		{"B9 GET_ID of 20", tGetID, ^uint64(0), 20, sOK, 21},
 		{"B9 GET_ID of 512", tGetID, 0, 512, sOK, 20},

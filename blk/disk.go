@@ -26,3 +26,27 @@ type Disk interface {
 	// ReadOnly reports whether WritevAt fails whatever it is given.
 	ReadOnly() bool
 }
+
+// Discarder is a Disk that can give up what parts of it hold. A device finds
+// out when it is made.
+type Discarder interface {
+	// Discard says that the n bytes at off are not needed any more. Until they
+	// are written they read as anything the disk has held at that place, or as
+	// zeros; what a disk lies over, such as a backing file, must not show.
+	Discard(off, n int64) error
+	// DiscardGranularity is the size in bytes, a multiple of SectorSize, of the
+	// aligned pieces that Discard frees. It is constant; 0 means that there is
+	// no use in calling Discard.
+	DiscardGranularity() int64
+}
+
+// ZeroWriter is a Disk that knows a better way to make a range zero than to
+// write zeros. A device finds out when it is made, and writes zeros otherwise.
+type ZeroWriter interface {
+	// WriteZeroes makes the n bytes at off read as zero. Their room stays
+	// theirs: a write to them afterwards needs no new space.
+	WriteZeroes(off, n int64) error
+	// PunchHole makes the n bytes at off read as zero and gives up what room
+	// it can.
+	PunchHole(off, n int64) error
+}

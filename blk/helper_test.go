@@ -17,7 +17,7 @@ const (
 
 	sOK, sIOErr, sUnsupp, sUntouched = 0, 1, 2, 0xee
 
-	fSegMax, fRO, fBlkSize, fFlush, fMQ = 2, 5, 6, 9, 12
+	fSegMax, fRO, fBlkSize, fFlush, fMQ, fDiscard, fWriteZeroes = 2, 5, 6, 9, 12, 13, 14
 
 	allFeatures = ^uint64(0)
 	lineBase    = 0x40
@@ -150,7 +150,8 @@ func (r *rig) do(kind uint32, sector uint64, data []byte) (code byte, used uint3
 	if len(data) > 0 {
 		copy(q.bytes(), data)
 	}
-	used = r.call(r.d.Rings[0], q.bufs(kind != tOut)...)
+	in := kind != tOut && kind != tDiscard && kind != tWriteZeroes
+	used = r.call(r.d.Rings[0], q.bufs(in)...)
 	if len(data) > 0 {
 		out = q.bytes()
 	}

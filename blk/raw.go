@@ -34,12 +34,20 @@ type Raw struct {
 	length   int64 // of the file, in bytes, when it was opened
 	size     int64 // length rounded up to sectors
 
+	device      bool  // it is a block device
+	align       int64 // what its ranges are aligned to: 1, or a device's block
+	granularity int64 // of discards; 0 if it has none
+
 	// failed is why a flush has failed, and every later one with it: the
 	// kernel reports lost pages once and then forgets them (B13).
 	failed atomic.Pointer[error]
 }
 
-var _ Disk = (*Raw)(nil)
+var (
+	_ Disk       = (*Raw)(nil)
+	_ Discarder  = (*Raw)(nil)
+	_ ZeroWriter = (*Raw)(nil)
+)
 
 // OpenRaw opens the regular file or block device at path as it is, whatever its
 // content looks like, and locks it.
@@ -91,7 +99,7 @@ func (r *Raw) prepare() error {
 	}
 	r.length = end
 	r.size = (end + SectorSize - 1) &^ (SectorSize - 1)
-	return nil
+	return r.measureRanges(&st)
 }
 
 // Close gives up the lock and the file. No other method may be running.

@@ -65,3 +65,12 @@ func (v *vector) zero() {
 	}
 	v.left = nil
 }
+
+// ioctlRange does an ioctl of a block device that takes a range in bytes.
+func ioctlRange(fd int, request uintptr, off, n int64) error {
+	r := [2]uint64{uint64(off), uint64(n)} //nolint:gosec // G115: neither is negative
+	if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), request, uintptr(unsafe.Pointer(&r))); e != 0 {
+		return e
+	}
+	return nil
+}

@@ -9,19 +9,23 @@ import (
 // QueueStats counts what has happened on one queue since the device was made.
 type QueueStats struct {
 	virtio.QueueStats
-	Reads, Writes, Flushes, Others uint64 // requests, by type
-	BytesRead, BytesWritten        uint64 // of requests that succeeded
-	Errors                         uint64 // requests answered with IOERR
-	Unsupported                    uint64 // requests answered with UNSUPP
-	Unanswerable                   uint64 // without header or status byte (B10)
+
+	// Requests, by type.
+	Reads, Writes, Flushes, Discards, ZeroWrites, Others uint64
+	// Bytes of requests that succeeded.
+	BytesRead, BytesWritten, BytesDiscarded, BytesZeroed uint64
+
+	Errors       uint64 // requests answered with IOERR
+	Unsupported  uint64 // requests answered with UNSUPP
+	Unanswerable uint64 // without header or status byte (B10)
 }
 
 // counters are the part of QueueStats that the worker counts. Written by the
 // worker, read by Stats.
 type counters struct {
-	reads, writes, flushes, others    atomic.Uint64
-	bytesRead, bytesWritten           atomic.Uint64
-	errors, unsupported, unanswerable atomic.Uint64
+	reads, writes, flushes, discards, zeroWrites, others atomic.Uint64
+	bytesRead, bytesWritten, bytesDiscarded, bytesZeroed atomic.Uint64
+	errors, unsupported, unanswerable                    atomic.Uint64
 }
 
 // Stats returns the counters of every queue.
@@ -31,15 +35,19 @@ func (d *Device) Stats() []QueueStats {
 		q := &d.queues[i]
 		c := &q.counters
 		all[i] = QueueStats{
-			Reads:        c.reads.Load(),
-			Writes:       c.writes.Load(),
-			Flushes:      c.flushes.Load(),
-			Others:       c.others.Load(),
-			BytesRead:    c.bytesRead.Load(),
-			BytesWritten: c.bytesWritten.Load(),
-			Errors:       c.errors.Load(),
-			Unsupported:  c.unsupported.Load(),
-			Unanswerable: c.unanswerable.Load(),
+			Reads:          c.reads.Load(),
+			Writes:         c.writes.Load(),
+			Flushes:        c.flushes.Load(),
+			Discards:       c.discards.Load(),
+			ZeroWrites:     c.zeroWrites.Load(),
+			Others:         c.others.Load(),
+			BytesRead:      c.bytesRead.Load(),
+			BytesWritten:   c.bytesWritten.Load(),
+			BytesDiscarded: c.bytesDiscarded.Load(),
+			BytesZeroed:    c.bytesZeroed.Load(),
+			Errors:         c.errors.Load(),
+			Unsupported:    c.unsupported.Load(),
+			Unanswerable:   c.unanswerable.Load(),
 		}
 		q.mu.Lock()
 		all[i].QueueStats = q.past

@@ -11,10 +11,12 @@ import (
 
 // Request types and states (section 5.2.6).
 const (
-	typeIn    = 0 // VIRTIO_BLK_T_IN
-	typeOut   = 1 // VIRTIO_BLK_T_OUT
-	typeFlush = 4 // VIRTIO_BLK_T_FLUSH
-	typeGetID = 8 // VIRTIO_BLK_T_GET_ID
+	typeIn          = 0  // VIRTIO_BLK_T_IN
+	typeOut         = 1  // VIRTIO_BLK_T_OUT
+	typeFlush       = 4  // VIRTIO_BLK_T_FLUSH
+	typeGetID       = 8  // VIRTIO_BLK_T_GET_ID
+	typeDiscard     = 11 // VIRTIO_BLK_T_DISCARD
+	typeWriteZeroes = 13 // VIRTIO_BLK_T_WRITE_ZEROES
 
 	statusOK     = 0 // VIRTIO_BLK_S_OK
 	statusIOErr  = 1 // VIRTIO_BLK_S_IOERR
@@ -39,8 +41,9 @@ type worker struct {
 	vq    *virtio.Queue
 	base  virtio.QueueStats // of vq when the worker began
 
-	chain virtio.Chain
-	head  [headerSize]byte
+	chain  virtio.Chain
+	head   [headerSize]byte
+	ranges [maxSegments]byteRange // of the request being served
 
 	stopping atomic.Bool
 	done     chan struct{} // closed when the worker has ended
@@ -135,6 +138,12 @@ func (w *worker) serve(c *virtio.Chain) uint32 {
 	case typeFlush:
 		w.count.flushes.Add(1)
 		code = w.flush()
+	case typeDiscard:
+		w.count.discards.Add(1)
+		code = w.discard(c, room)
+	case typeWriteZeroes:
+		w.count.zeroWrites.Add(1)
+		code = w.writeZeroes(c, room)
 	case typeGetID:
 		w.count.others.Add(1)
 		code, filled = w.getID(c, room)
@@ -186,6 +195,11 @@ func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
 		return statusIOErr
 	}
 	w.count.bytesWritten.Add(n)
+	return w.settle()
+}
+
+// settle ends a request that has changed the disk.
+func (w *worker) settle() (code byte) {
 	if w.dev.negotiated&(1<<featureFlush) == 0 {
 		return w.flush() // B11(i): a driver without FLUSH relies on write-through
 	}

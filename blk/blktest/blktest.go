@@ -15,7 +15,8 @@ import (
 
 // All runs every test of the suite. Each calls newDisk for a disk of its own
 // that reads as zero everywhere, can be written, and has at least 1 MiB; the
-// disk is closed, if at all, by a Cleanup that newDisk registers.
+// disk is closed, if at all, by a Cleanup that newDisk registers. What a disk
+// can do beyond blk.Disk is tested if it has the methods.
 func All(t *testing.T, newDisk func(tb testing.TB) blk.Disk) {
 	for _, test := range []struct {
 		name string
@@ -29,6 +30,9 @@ func All(t *testing.T, newDisk func(tb testing.TB) blk.Disk) {
 		{"Bounds", testBounds},
 		{"KeepsIOV", testKeepsIOV},
 		{"Flush", testFlush},
+		{"Discard", testDiscard},
+		{"WriteZeroes", testWriteZeroes},
+		{"ZeroBounds", testZeroBounds},
 		{"Model", testModel},
 		{"Concurrent", testConcurrent},
 	} {
@@ -225,20 +229,140 @@ func testFlush(t *testing.T, d blk.Disk) {
 	}
 }
 
+// zeroers are the two ways of z to make a range zero.
+func zeroers(z blk.ZeroWriter) map[string]func(off, n int64) error {
+	return map[string]func(off, n int64) error{"WriteZeroes": z.WriteZeroes, "PunchHole": z.PunchHole}
+}
+
+// testDiscard checks that a discard changes nothing beside its range, shows
+// nothing that was not there, and lets the range be written again.
+func testDiscard(t *testing.T, d blk.Disk) {
+	disk, ok := d.(blk.Discarder)
+	if !ok {
+		t.Skip("the disk is no blk.Discarder")
+	}
+	if g := disk.DiscardGranularity(); g < 0 || g%blk.SectorSize != 0 {
+		t.Errorf("granularity %d is no multiple of a sector", g)
+	}
+	r := seeded(t)
+	const size = 512 << 10
+	model := random(r, size)
+	write(t, d, 0, model)
+	for _, c := range []struct{ off, n int }{{0, 0}, {1000, 77}, {4096, 65536}, {131072, 131072 + 512}, {300_001, 99_999}, {size, 0}} {
+		if err := disk.Discard(int64(c.off), int64(c.n)); err != nil {
+			t.Fatalf("discard %d bytes at %d: %v", c.n, c.off, err)
+		}
+		got := read(t, d, 0, size)
+		if !bytes.Equal(got[:c.off], model[:c.off]) || !bytes.Equal(got[c.off+c.n:], model[c.off+c.n:]) {
+			t.Fatalf("a discard of %d bytes at %d has changed others", c.n, c.off)
+		}
+		copy(model[c.off:], random(r, c.n))
+		write(t, d, int64(c.off), model[c.off:c.off+c.n])
+		if !bytes.Equal(read(t, d, 0, size), model) {
+			t.Fatalf("a write over %d discarded bytes at %d does not read back", c.n, c.off)
+		}
+	}
+}
+
+// testWriteZeroes makes ranges of every alignment zero.
+func testWriteZeroes(t *testing.T, d blk.Disk) {
+	disk, ok := d.(blk.ZeroWriter)
+	if !ok {
+		t.Skip("the disk is no blk.ZeroWriter")
+	}
+	r := seeded(t)
+	const size = 512 << 10
+	for name, zero := range zeroers(disk) {
+		model := random(r, size)
+		write(t, d, 0, model)
+		for _, c := range []struct{ off, n int }{{0, 0}, {1000, 77}, {4096, 65536}, {131071, 131072 + 513}, {500_000, size - 500_000}, {0, size}, {0, size}} {
+			if err := zero(int64(c.off), int64(c.n)); err != nil {
+				t.Fatalf("%s of %d bytes at %d: %v", name, c.n, c.off, err)
+			}
+			clear(model[c.off : c.off+c.n])
+			if !bytes.Equal(read(t, d, 0, size), model) {
+				t.Fatalf("%s of %d bytes at %d: the disk reads wrong", name, c.n, c.off)
+			}
+			part := random(r, 100)
+			copy(model[c.off/2:], part)
+			write(t, d, int64(c.off/2), part)
+		}
+		if !bytes.Equal(read(t, d, 0, size), model) {
+			t.Fatalf("%s: a write afterwards does not read back", name)
+		}
+	}
+}
+
+// testZeroBounds gives ranges that are not wholly on the disk.
+func testZeroBounds(t *testing.T, d blk.Disk) {
+	calls := make(map[string]func(off, n int64) error)
+	if z, ok := d.(blk.ZeroWriter); ok {
+		calls = zeroers(z)
+	}
+	if z, ok := d.(blk.Discarder); ok {
+		calls["Discard"] = z.Discard
+	}
+	if len(calls) == 0 {
+		t.Skip("the disk is neither a blk.Discarder nor a blk.ZeroWriter")
+	}
+	size := d.Size()
+	kept := random(seeded(t), 8192)
+	write(t, d, 0, kept)
+	write(t, d, size-8192, kept)
+	for name, call := range calls {
+		for _, c := range []struct{ off, n int64 }{
+			{-1, 512},
+			{0, -1},
+			{4096, -4096},
+			{math.MinInt64, 512},
+			{size - 511, 512},
+			{size, 1},
+			{size + 1, 0},
+			{512, math.MaxInt64},
+			{math.MaxInt64, 512},
+			{math.MaxInt64, math.MaxInt64},
+		} {
+			if call(c.off, c.n) == nil {
+				t.Errorf("%s of %d bytes at %d succeeded", name, c.n, c.off)
+			}
+		}
+	}
+	if !bytes.Equal(read(t, d, 0, 8192), kept) || !bytes.Equal(read(t, d, size-8192, 8192), kept) {
+		t.Error("a refused call has changed the disk")
+	}
+	if d.Size() != size {
+		t.Errorf("the size went from %d to %d", size, d.Size())
+	}
+}
+
 // testModel does random operations on the disk and on a plain slice.
 func testModel(t *testing.T, d blk.Disk) {
 	r := seeded(t)
 	model := make([]byte, 1<<20)
 	base := d.Size() - int64(len(model))
+	zero, _ := d.(blk.ZeroWriter)
 	for i := range 500 {
 		n := 1 + r.IntN(1<<r.IntN(18))
 		off := r.IntN(len(model) - n + 1)
-		switch r.IntN(8) {
-		case 0:
+		op := r.IntN(10)
+		if zero == nil && op < 2 {
+			op += 3
+		}
+		switch op {
+		case 0, 1:
+			make0 := zero.WriteZeroes
+			if op == 1 {
+				make0 = zero.PunchHole
+			}
+			if err := make0(base+int64(off), int64(n)); err != nil {
+				t.Fatal(err)
+			}
+			clear(model[off : off+n])
+		case 2:
 			if err := d.Flush(); err != nil {
 				t.Fatal(err)
 			}
-		case 1, 2, 3, 4:
+		case 3, 4, 5, 6:
 			b := random(r, n)
 			copy(model[off:], b)
 			write(t, d, base+int64(off), cut(r, b, 1+n/2)...)

@@ -12,3 +12,9 @@ func TestMemory(t *testing.T) {
 		return &blktest.Memory{Bytes: make([]byte, 2<<20)}
 	})
 }
+
+func TestThin(t *testing.T) {
+	blktest.All(t, func(testing.TB) blk.Disk {
+		return &blktest.Thin{Memory: blktest.Memory{Bytes: make([]byte, 2<<20)}}
+	})
+}

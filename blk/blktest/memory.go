@@ -17,7 +17,8 @@ type Memory struct {
 	Bytes []byte
 	RO    bool
 	// Fault, if it is set, is asked before every call what error it shall
-	// return. op is "read", "write" or "flush".
+	// return. op is "read", "write" or "flush", of a Thin also "discard",
+	// "write zeroes" or "punch hole".
 	Fault func(op string, off int64) error
 
 	mu      sync.RWMutex
@@ -89,3 +90,70 @@ func (m *Memory) Size() int64 { return int64(len(m.Bytes)) }
 
 // ReadOnly implements blk.Disk.
 func (m *Memory) ReadOnly() bool { return m.RO }
+
+// Thin is a Memory that can also discard and make ranges zero. What is
+// discarded reads as noise, since no user may rely on anything else.
+type Thin struct {
+	Memory
+	// Granularity of discards in bytes. 0 means 4096.
+	Granularity int64
+
+	discards, zeroed, punched atomic.Uint64
+}
+
+var (
+	_ blk.Disk       = (*Thin)(nil)
+	_ blk.Discarder  = (*Thin)(nil)
+	_ blk.ZeroWriter = (*Thin)(nil)
+)
+
+// DiscardGranularity implements blk.Discarder.
+func (m *Thin) DiscardGranularity() int64 {
+	if m.Granularity == 0 {
+		return 4096
+	}
+	return m.Granularity
+}
+
+// Discard implements blk.Discarder.
+func (m *Thin) Discard(off, n int64) error {
+	m.discards.Add(1)
+	return m.set("discard", off, n, 0xdb)
+}
+
+// WriteZeroes implements blk.ZeroWriter.
+func (m *Thin) WriteZeroes(off, n int64) error {
+	m.zeroed.Add(1)
+	return m.set("write zeroes", off, n, 0)
+}
+
+// PunchHole implements blk.ZeroWriter.
+func (m *Thin) PunchHole(off, n int64) error {
+	m.punched.Add(1)
+	return m.set("punch hole", off, n, 0)
+}
+
+// Calls returns how often Discard, WriteZeroes and PunchHole were called.
+func (m *Thin) Calls() (discards, zeroed, punched uint64) {
+	return m.discards.Load(), m.zeroed.Load(), m.punched.Load()
+}
+
+// set makes n bytes at off read as v.
+func (m *Thin) set(op string, off, n int64, v byte) error {
+	if m.RO {
+		return ErrReadOnly
+	}
+	if off < 0 || n < 0 || off > m.Size() || n > m.Size()-off {
+		return blk.ErrBounds
+	}
+	if err := m.fault(op, off); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b := m.Bytes[off : off+n]
+	for i := range b {
+		b[i] = v
+	}
+	return nil
+}
