@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"math/bits"
 	"sync"
+	"sync/atomic"
 
 	"github.com/calfvm/calf/virtio"
 )
@@ -37,6 +38,8 @@ const (
 	featureRO          = 5  // VIRTIO_BLK_F_RO
 	featureBlkSize     = 6  // VIRTIO_BLK_F_BLK_SIZE
 	featureFlush       = 9  // VIRTIO_BLK_F_FLUSH
+	featureTopology    = 10 // VIRTIO_BLK_F_TOPOLOGY
+	featureConfigWCE   = 11 // VIRTIO_BLK_F_CONFIG_WCE
 	featureMQ          = 12 // VIRTIO_BLK_F_MQ
 	featureDiscard     = 13 // VIRTIO_BLK_F_DISCARD
 	featureWriteZeroes = 14 // VIRTIO_BLK_F_WRITE_ZEROES
@@ -54,6 +57,10 @@ type Config struct {
 	// power of 2 from 512 to 64 KiB that divides the size of the disk.
 	// 0 means 512.
 	BlockSize uint32
+	// WriteThrough makes a write stable before it completes, as long as the
+	// guest does not turn the write cache on itself. Without it the guest
+	// starts with the cache on and flushes.
+	WriteThrough bool
 	// NoDiscard keeps the guest from giving up space of the disk: it is offered
 	// no discards, and ranges it zeroes stay allocated.
 	NoDiscard bool
@@ -84,7 +91,11 @@ type Device struct {
 	log      *slog.Logger
 	limit    virtio.LogLimit
 
-	negotiated uint64 // features; written by Start, before any worker exists
+	negotiated uint64 // features; written only while there are no workers
+
+	// writeThrough says that a write is stable when it completes (B11). Set by
+	// the driver through the configuration space, read by the workers.
+	writeThrough atomic.Bool
 
 	queues []queue // the slice itself is constant
 }
@@ -98,7 +109,10 @@ type queue struct {
 	past   virtio.QueueStats // guarded by mu; of workers that have ended
 }
 
-var _ virtio.Device = (*Device)(nil)
+var (
+	_ virtio.Device     = (*Device)(nil)
+	_ virtio.Negotiator = (*Device)(nil)
+)
 
 // New returns a device that serves cfg.Disk. The disk stays the caller's, who
 // closes it when the device's transport is closed.
@@ -111,7 +125,7 @@ func New(cfg Config) (*Device, error) {
 		capacity: uint64(cfg.Disk.Size()) / SectorSize,
 		log:      cfg.Logger,
 		queues:   make([]queue, cfg.Queues),
-		features: 1<<featureSegMax | 1<<featureBlkSize | 1<<featureFlush,
+		features: 1<<featureSegMax | 1<<featureBlkSize | 1<<featureFlush | 1<<featureConfigWCE,
 	}
 	copy(d.serial[:], cfg.Serial)
 	if cfg.Queues > 1 {
@@ -123,6 +137,7 @@ func New(cfg Config) (*Device, error) {
 		d.initRanges()
 	}
 	d.initSpace()
+	d.Negotiated(0)
 	return d, nil
 }
 
@@ -167,9 +182,18 @@ func (d *Device) Features() uint64 { return d.features }
 // Queues implements virtio.Device.
 func (d *Device) Queues() (n int, maxSize uint16) { return len(d.queues), d.cfg.QueueSize }
 
+// Negotiated implements virtio.Negotiator.
+func (d *Device) Negotiated(features uint64) {
+	d.negotiated = features
+	// B11(i), B12: a driver that has not taken FLUSH never flushes.
+	d.writeThrough.Store(d.cfg.WriteThrough || features&(1<<featureFlush) == 0)
+}
+
 // Start implements virtio.Device.
 func (d *Device) Start(features uint64) error {
-	d.negotiated = features
+	if features != d.negotiated {
+		d.Negotiated(features) // the transport has not called it
+	}
 	return nil
 }
 
@@ -213,7 +237,7 @@ func (d *Device) Stop() {
 	for i := range d.queues {
 		d.StopQueue(i)
 	}
-	d.negotiated = 0
+	d.Negotiated(0)
 }
 
 // diskFailed logs an error of the disk, unless there have been too many.

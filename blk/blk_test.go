@@ -66,7 +66,7 @@ func TestConfigSpace(t *testing.T) {
 }
 
 func TestFeatures(t *testing.T) {
-	const base = uint64(1<<fSegMax | 1<<fBlkSize | 1<<fFlush)
+	const base = uint64(1<<fSegMax | 1<<fBlkSize | 1<<fFlush | 1<<fConfigWCE)
 	const writable = base | 1<<fWriteZeroes
 	thin := &blktest.Thin{}
 	for _, c := range []struct {
@@ -77,10 +77,10 @@ func TestFeatures(t *testing.T) {
 		{"one queue", blk.Config{Disk: &blktest.Memory{}}, writable},
 		{"two queues", blk.Config{Disk: &blktest.Memory{}, Queues: 2}, writable | 1<<fMQ},
 		{"read-only", blk.Config{Disk: &blktest.Memory{RO: true}}, base | 1<<fRO},
-		{"thin", blk.Config{Disk: thin}, writable | 1<<fDiscard},
-		{"thin without discards", blk.Config{Disk: thin, NoDiscard: true}, writable},
-		{"thin that cannot", blk.Config{Disk: &blktest.Thin{Granularity: -1}}, writable},
-		{"thin, read-only", blk.Config{Disk: &blktest.Thin{Memory: blktest.Memory{RO: true}}}, base | 1<<fRO},
+		{"thin", blk.Config{Disk: thin}, writable | 1<<fTopology | 1<<fDiscard},
+		{"thin without discards", blk.Config{Disk: thin, NoDiscard: true}, writable | 1<<fTopology},
+		{"thin that cannot", blk.Config{Disk: &blktest.Thin{Granularity: -1}}, writable | 1<<fTopology},
+		{"thin, read-only", blk.Config{Disk: &blktest.Thin{Memory: blktest.Memory{RO: true}}}, base | 1<<fTopology | 1<<fRO},
 	} {
 		dev, err := blk.New(c.cfg)
 		if err != nil {
@@ -340,7 +340,9 @@ func TestWriteThrough(t *testing.T) {
 		want uint64
 	}{
 		{allFeatures, 0},
+		{^uint64(1 << fConfigWCE), 0},
 		{^uint64(1 << fFlush), 3},
+		{^uint64(1<<fFlush | 1<<fConfigWCE), 3},
 	} {
 		t.Run(fmt.Sprintf("B11 mask=%#x", c.mask), func(t *testing.T) {
 			disk := newMemory(diskSize)
@@ -370,6 +372,100 @@ func TestWriteThrough(t *testing.T) {
 			t.Errorf("status %d, want IOERR", code)
 		}
 	})
+}
+
+// TestWriteCache turns the write cache on and off (B11, B12).
+func TestWriteCache(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		through bool // Config.WriteThrough
+		mask    uint64
+		first   uint64 // writeback after the negotiation
+		fixed   bool   // the driver may not change it
+	}{
+		{"B12 FLUSH and CONFIG_WCE", false, allFeatures, 1, false},
+		{"B12 CONFIG_WCE without FLUSH", false, ^uint64(1 << fFlush), 0, false},
+		{"B12 FLUSH without CONFIG_WCE", false, ^uint64(1 << fConfigWCE), 1, true},
+		{"B12 neither", false, ^uint64(1<<fConfigWCE | 1<<fFlush), 0, true},
+		{"write-through by configuration", true, allFeatures, 0, false},
+		{"write-through by configuration, FLUSH only", true, ^uint64(1 << fConfigWCE), 0, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			disk := newMemory(diskSize)
+			r := newRig(t, blk.Config{Disk: disk, WriteThrough: c.through})
+			writeback := func() uint64 { return r.d.DeviceConfig(0x20, 1) }
+			set := func(off guest.GPA, n int, v uint64) {
+				r.m.Write(bar+guest.GPA(r.d.Device.Offset)+off, n, v)
+			}
+			flushes := func() uint64 { // caused by one write
+				t.Helper()
+				before := disk.Flushes()
+				if code, _, _ := r.do(tOut, 0, make([]byte, 512)); code != sOK {
+					t.Fatalf("status %d", code)
+				}
+				return disk.Flushes() - before
+			}
+			if err := r.d.Negotiate(c.mask); err != nil {
+				t.Fatal(err)
+			}
+			if got := writeback(); got != c.first {
+				t.Errorf("writeback is %d before DRIVER_OK, want %d", got, c.first)
+			}
+			r.start(c.mask, 1, 16)
+			want := c.first
+			for _, v := range []uint64{1 - want, want, 0, 1, 0, 1, 1} {
+				before := disk.Flushes()
+				set(0x20, 1, v)
+				changed := want != v && !c.fixed
+				if changed {
+					want = v
+				}
+				// B11: what was written before is stable once the cache is off.
+				if got := disk.Flushes() - before; (got == 1) != (changed && v == 0) {
+					t.Errorf("%d flushes by setting writeback to %d", got, v)
+				}
+				if got := writeback(); got != want {
+					t.Errorf("writeback is %d after it was set to %d, want %d", got, v, want)
+				}
+				if got := flushes(); got != 1-want {
+					t.Errorf("B11 writeback %d: %d flushes by a write", want, got)
+				}
+			}
+			set(0x1f, 1, 1-want) // beside it
+			set(0x21, 1, 1-want)
+			if got := writeback(); got != want {
+				t.Errorf("writeback has become %d by writes beside it", got)
+			}
+			set(0x20, 1, 1-want)
+			r.start(c.mask, 1, 16)
+			if got := writeback(); got != c.first {
+				t.Errorf("P24 writeback is %d after a reset, want %d", got, c.first)
+			}
+		})
+	}
+}
+
+// TestTopology reads the hints of disks that give good and useless ones.
+func TestTopology(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		hints [3]int64
+		block uint32
+		want  uint64 // exponent, alignment offset, min, opt
+	}{
+		{"none", [3]int64{}, 512, 0},
+		{"4 KiB, 64 KiB, 1 MiB", [3]int64{4096, 64 << 10, 1 << 20}, 512, 3 | 128<<16 | 2048<<32},
+		{"with 4 KiB blocks", [3]int64{4096, 64 << 10, 1 << 20}, 4096, 16<<16 | 256<<32},
+		{"physical block below the logical", [3]int64{512, 512, 0}, 4096, 0},
+		{"no power of 2", [3]int64{12288, 12288, 0}, 4096, 3 << 16},
+		{"too much", [3]int64{1 << 40, 1 << 40, 1 << 50}, 512, 31 | 0xffff<<16 | 0xffff_ffff<<32},
+		{"negative", [3]int64{-4096, -4096, -4096}, 512, 0},
+	} {
+		r := newRig(t, blk.Config{Disk: &blktest.Thin{Hints: c.hints}, BlockSize: c.block})
+		if got := r.d.DeviceConfig(0x18, 8); got != c.want {
+			t.Errorf("%s: got %#x, want %#x", c.name, got, c.want)
+		}
+	}
 }
 
 // TestDiskErrors checks that the host's errors become the guest's, and one line

@@ -50,3 +50,13 @@ type ZeroWriter interface {
 	// it can.
 	PunchHole(off, n int64) error
 }
+
+// Hinter is a Disk that knows which requests suit it. A device passes that on
+// to its guest.
+type Hinter interface {
+	// IOHints returns, in bytes, the largest unit that is written without
+	// reading it first or tearing it, a power of 2; the smallest length of
+	// requests that suits the disk; and the one that suits it best. 0 means
+	// that there is nothing to say. They are constant.
+	IOHints() (physicalBlock, minIO, optimalIO int64)
+}

@@ -17,7 +17,7 @@ const (
 
 	sOK, sIOErr, sUnsupp, sUntouched = 0, 1, 2, 0xee
 
-	fSegMax, fRO, fBlkSize, fFlush, fMQ, fDiscard, fWriteZeroes = 2, 5, 6, 9, 12, 13, 14
+	fSegMax, fRO, fBlkSize, fFlush, fTopology, fConfigWCE, fMQ, fDiscard, fWriteZeroes = 2, 5, 6, 9, 10, 11, 12, 13, 14
 
 	allFeatures = ^uint64(0)
 	lineBase    = 0x40

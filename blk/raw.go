@@ -37,6 +37,7 @@ type Raw struct {
 	device      bool  // it is a block device
 	align       int64 // what its ranges are aligned to: 1, or a device's block
 	granularity int64 // of discards; 0 if it has none
+	hints       struct{ physical, min, optimal int64 }
 
 	// failed is why a flush has failed, and every later one with it: the
 	// kernel reports lost pages once and then forgets them (B13).
@@ -47,6 +48,7 @@ var (
 	_ Disk       = (*Raw)(nil)
 	_ Discarder  = (*Raw)(nil)
 	_ ZeroWriter = (*Raw)(nil)
+	_ Hinter     = (*Raw)(nil)
 )
 
 // OpenRaw opens the regular file or block device at path as it is, whatever its

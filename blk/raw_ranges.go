@@ -14,7 +14,8 @@ import (
 // systems call their transfer size so.
 const maxFileBlock = 64 << 10
 
-// measureRanges finds out in what units the file or device st gives up space.
+// measureRanges finds out in what units the file or device st is best written
+// and gives up space.
 func (r *Raw) measureRanges(st *unix.Stat_t) error {
 	if st.Mode&unix.S_IFMT == unix.S_IFREG {
 		r.align = 1
@@ -23,6 +24,7 @@ func (r *Raw) measureRanges(st *unix.Stat_t) error {
 		if b >= SectorSize && b <= maxFileBlock && b&(b-1) == 0 {
 			r.granularity = b
 		}
+		r.hints.physical, r.hints.min = r.granularity, r.granularity
 		return nil
 	}
 	r.device = true
@@ -32,7 +34,21 @@ func (r *Raw) measureRanges(st *unix.Stat_t) error {
 	}
 	r.align = int64(block)
 	r.granularity = deviceGranularity(st.Rdev, r.align)
+	for request, hint := range map[uint]*int64{
+		unix.BLKPBSZGET: &r.hints.physical,
+		unix.BLKIOMIN:   &r.hints.min,
+		unix.BLKIOOPT:   &r.hints.optimal,
+	} {
+		if n, err := unix.IoctlGetUint32(r.fd, request); err == nil {
+			*hint = int64(n)
+		}
+	}
 	return nil
+}
+
+// IOHints implements Hinter.
+func (r *Raw) IOHints() (physicalBlock, minIO, optimalIO int64) {
+	return r.hints.physical, r.hints.min, r.hints.optimal
 }
 
 // deviceGranularity is what the kernel says of discards on a block device, or

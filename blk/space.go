@@ -1,12 +1,20 @@
 package blk
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"math"
+	"math/bits"
+)
 
 // Offsets in struct virtio_blk_config (section 5.2.4).
 const (
 	cfgCapacity         = 0x00 // sectors, 64 bits
 	cfgSegMax           = 0x0c // 32 bits
 	cfgBlkSize          = 0x14 // 32 bits
+	cfgPhysicalExp      = 0x18 // logical blocks as a power of 2, 8 bits
+	cfgMinIO            = 0x1a // logical blocks, 16 bits
+	cfgOptimalIO        = 0x1c // logical blocks, 32 bits
+	cfgWriteback        = 0x20 // 8 bits
 	cfgNumQueues        = 0x22 // 16 bits
 	cfgMaxDiscard       = 0x24 // sectors, 32 bits
 	cfgMaxDiscardSeg    = 0x28 // 32 bits
@@ -26,6 +34,10 @@ func (d *Device) initSpace() {
 	le.PutUint32(d.space[cfgSegMax:], uint32(d.cfg.QueueSize)-2)
 	le.PutUint32(d.space[cfgBlkSize:], d.cfg.BlockSize)
 	le.PutUint16(d.space[cfgNumQueues:], uint16(len(d.queues)))
+	if disk, ok := d.cfg.Disk.(Hinter); ok {
+		d.features |= 1 << featureTopology
+		d.initTopology(disk.IOHints())
+	}
 	if d.discard != nil {
 		le.PutUint32(d.space[cfgMaxDiscard:], discardLimits.sectors)
 		le.PutUint32(d.space[cfgMaxDiscardSeg:], discardLimits.segments)
@@ -41,13 +53,42 @@ func (d *Device) initSpace() {
 	}
 }
 
+// initTopology fills in the hints about the sizes of requests.
+func (d *Device) initTopology(physical, minIO, optimal int64) {
+	block := int64(d.cfg.BlockSize)
+	if physical > block && physical&(physical-1) == 0 {
+		d.space[cfgPhysicalExp] = byte(bits.Len64(uint64(physical/block)) - 1) //nolint:gosec // G115: positive
+	}
+	minIO = min(max(minIO/block, 0), math.MaxUint16)
+	optimal = min(max(optimal/block, 0), math.MaxUint32)
+	binary.LittleEndian.PutUint16(d.space[cfgMinIO:], uint16(minIO))
+	binary.LittleEndian.PutUint32(d.space[cfgOptimalIO:], uint32(optimal))
+}
+
 // ReadConfig implements virtio.Device.
 func (d *Device) ReadConfig(off uint64, p []byte) {
+	space := d.space
+	if !d.writeThrough.Load() {
+		space[cfgWriteback] = 1
+	}
 	clear(p)
 	if off < configSize {
-		copy(p, d.space[off:])
+		copy(p, space[off:])
 	}
 }
 
-// WriteConfig implements virtio.Device. Nothing is writable.
-func (d *Device) WriteConfig(uint64, []byte) {}
+// WriteConfig implements virtio.Device. Only writeback is writable, by a driver
+// that has taken CONFIG_WCE. Turning the cache off returns once everything in it
+// is stable: the driver will not flush any more (B11).
+func (d *Device) WriteConfig(off uint64, p []byte) {
+	if d.negotiated&(1<<featureConfigWCE) == 0 || off > cfgWriteback || cfgWriteback-off >= uint64(len(p)) {
+		return
+	}
+	through := p[cfgWriteback-off] == 0
+	if d.writeThrough.Swap(through) == through || !through {
+		return
+	}
+	if err := d.cfg.Disk.Flush(); err != nil {
+		d.diskFailed("flush", 0, err)
+	}
+}

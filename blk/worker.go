@@ -200,8 +200,8 @@ func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
 
 // settle ends a request that has changed the disk.
 func (w *worker) settle() (code byte) {
-	if w.dev.negotiated&(1<<featureFlush) == 0 {
-		return w.flush() // B11(i): a driver without FLUSH relies on write-through
+	if w.dev.writeThrough.Load() {
+		return w.flush() // B11
 	}
 	return statusOK
 }

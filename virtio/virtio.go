@@ -76,6 +76,15 @@ type Device interface {
 	Stop()
 }
 
+// Negotiator is a Device whose configuration space depends on the features. A
+// transport asks every Device whether it is one.
+type Negotiator interface {
+	// Negotiated is called once driver and device agree on features, that is
+	// before the driver may write to the configuration space, and before
+	// Start. Stop forgets them.
+	Negotiated(features uint64)
+}
+
 // QueueEvents is what a queue needs of the transport it belongs to. Its methods
 // are called by the goroutine that works the queue; they must neither block nor
 // wait for that goroutine.

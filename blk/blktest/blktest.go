@@ -33,6 +33,7 @@ func All(t *testing.T, newDisk func(tb testing.TB) blk.Disk) {
 		{"Discard", testDiscard},
 		{"WriteZeroes", testWriteZeroes},
 		{"ZeroBounds", testZeroBounds},
+		{"Hints", testHints},
 		{"Model", testModel},
 		{"Concurrent", testConcurrent},
 	} {
@@ -332,6 +333,17 @@ func testZeroBounds(t *testing.T, d blk.Disk) {
 	}
 	if d.Size() != size {
 		t.Errorf("the size went from %d to %d", size, d.Size())
+	}
+}
+
+func testHints(t *testing.T, d blk.Disk) {
+	disk, ok := d.(blk.Hinter)
+	if !ok {
+		t.Skip("the disk is no blk.Hinter")
+	}
+	physical, minIO, optimal := disk.IOHints()
+	if physical < 0 || physical&(physical-1) != 0 || minIO < 0 || optimal < 0 {
+		t.Errorf("hints %d, %d, %d: want a power of 2 and no negative number", physical, minIO, optimal)
 	}
 }
 

@@ -97,6 +97,8 @@ type Thin struct {
 	Memory
 	// Granularity of discards in bytes. 0 means 4096.
 	Granularity int64
+	// Hints are what IOHints returns: physical block, least and best length.
+	Hints [3]int64
 
 	discards, zeroed, punched atomic.Uint64
 }
@@ -105,7 +107,13 @@ var (
 	_ blk.Disk       = (*Thin)(nil)
 	_ blk.Discarder  = (*Thin)(nil)
 	_ blk.ZeroWriter = (*Thin)(nil)
+	_ blk.Hinter     = (*Thin)(nil)
 )
+
+// IOHints implements blk.Hinter.
+func (m *Thin) IOHints() (physicalBlock, minIO, optimalIO int64) {
+	return m.Hints[0], m.Hints[1], m.Hints[2]
+}
 
 // DiscardGranularity implements blk.Discarder.
 func (m *Thin) DiscardGranularity() int64 {

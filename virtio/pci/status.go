@@ -26,8 +26,11 @@ func (t *Transport) writeStatusLocked(v uint8) {
 		return // the driver has given up until it resets
 	}
 	r.status |= v & (virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFailed)
-	if v&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriver != 0 && t.acceptableLocked() {
+	if v&^r.status&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriver != 0 && t.acceptableLocked() {
 		r.status |= virtio.StatusFeaturesOK
+		if dev, ok := t.dev.(virtio.Negotiator); ok {
+			dev.Negotiated(r.driverFeatures)
+		}
 	}
 	if v&virtio.StatusDriverOK != 0 && r.status&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriverOK == 0 {
 		r.status |= virtio.StatusDriverOK

@@ -37,6 +37,7 @@ type echo struct {
 
 	mu      sync.Mutex
 	served  int
+	agreed  []uint64 // features of every Negotiated
 	started []uint64 // features of every Start
 	running map[int]*worker
 }
@@ -62,6 +63,12 @@ func (e *echo) WriteConfig(off uint64, p []byte) {
 	if off < uint64(len(e.space)) {
 		copy(e.space[off:], p)
 	}
+}
+
+func (e *echo) Negotiated(features uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.agreed = append(e.agreed, features)
 }
 
 func (e *echo) Start(features uint64) error {
@@ -332,8 +339,23 @@ func TestFeatures(t *testing.T) {
 				want = fok
 			}
 			r.want("status", vt.Status, 1, want)
+			r.dev.agreed = nil
+			r.Set(vt.Status, 1, fok)
+			r.Set(vt.Status, 1, dok)
+			if len(r.dev.agreed) != 0 {
+				t.Errorf("the device is told again of features %#x", r.dev.agreed)
+			}
 		})
 	}
+	t.Run("P21 the device learns of them before DRIVER_OK", func(t *testing.T) {
+		r := newRig(t, &echo{n: 1})
+		if err := r.Negotiate(1<<32 | 1<<9); err != nil {
+			t.Fatal(err)
+		}
+		if a := r.dev.agreed; len(a) != 1 || a[0] != 1<<32|1<<9 || len(r.dev.started) != 0 {
+			t.Errorf("told of %#x, started with %#x", a, r.dev.started)
+		}
+	})
 }
 
 func TestStatus(t *testing.T) {
