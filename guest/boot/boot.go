@@ -109,18 +109,40 @@ const (
 	Code32Selector = 0x20
 )
 
+// Check reports whether f is a kernel that Load can start, given memory enough.
+func Check(f File) error {
+	isELF, err := isELF(f)
+	if err != nil {
+		return err
+	}
+	if isELF {
+		_, _, err = openELF(f)
+	} else {
+		_, err = readHeader(f)
+	}
+	return err
+}
+
+func isELF(f File) (bool, error) {
+	var magic [4]byte
+	if _, err := f.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
+		return false, fmt.Errorf("read: %w", err)
+	}
+	return string(magic[:]) == "\x7fELF", nil
+}
+
 // Load recognises the kernel and places it, the initrd, the command line, the
 // boot parameters and the tables that the entry needs in mem.
 func Load(mem *guest.Memory, cfg Config) (Entry, error) {
 	if err := checkCmdline(cfg.Cmdline, cmdlineMax-1); err != nil {
 		return Entry{}, err
 	}
-	var magic [4]byte
-	if _, err := cfg.Kernel.ReadAt(magic[:], 0); err != nil && !errors.Is(err, io.EOF) {
-		return Entry{}, fmt.Errorf("read: %w", err)
+	isELF, err := isELF(cfg.Kernel)
+	if err != nil {
+		return Entry{}, err
 	}
 	load := loadBzImage
-	if string(magic[:]) == "\x7fELF" {
+	if isELF {
 		load = loadPVH
 	}
 	e, err := load(mem, &cfg)
@@ -194,6 +216,19 @@ func loadInitrd(mem *guest.Memory, f *File, bottom guest.GPA, maxAddr uint64) (R
 		return Range{}, fmt.Errorf("initrd: %w", err)
 	}
 	return r, nil
+}
+
+// checkRoom reports whether a kernel that needs size bytes from base fits below
+// top.
+func checkRoom(base guest.GPA, size uint64, top guest.GPA) error {
+	end, ok := base.Add(size)
+	if !ok {
+		return fmt.Errorf("%w: its load address %v makes no sense", ErrNotKernel, base)
+	}
+	if end > top {
+		return fmt.Errorf("%w: this kernel needs %d MiB to start; give the guest more", ErrNoRoom, mib(uint64(end)))
+	}
+	return nil
 }
 
 // mib rounds up, so that what it prints is enough.

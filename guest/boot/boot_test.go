@@ -191,7 +191,7 @@ func TestLoadRefuses(t *testing.T) {
 		{"old protocol", change(func(b []byte) { le.PutUint16(b[hdrVersion:], 0x20B) }), nil, "", ErrNotKernel, "64-bit entry"},
 		{"fixed address", change(func(b []byte) { b[hdrRelocatable] = 0 }), nil, "", ErrNotKernel, "CONFIG_RELOCATABLE"},
 		{"needs more", change(func(b []byte) { le.PutUint32(b[hdrInitSize:], 100<<20) }), nil, "", ErrNoRoom, "needs 116 MiB"},
-		{"needs the impossible", change(func(b []byte) { le.PutUint64(b[hdrPrefAddress:], 1<<64-1) }), nil, "", ErrNoRoom, ""},
+		{"needs the impossible", change(func(b []byte) { le.PutUint64(b[hdrPrefAddress:], 1<<64-1) }), nil, "", ErrNotKernel, "load address"},
 		{"long line for this kernel", good, nil, strings.Repeat("x", 2048), ErrCmdline, "2047"},
 		{"zero byte in the line", good, nil, "a\x00b", ErrCmdline, "byte 1"},
 		{"huge initrd", good, &big, "", ErrNoRoom, "initrd of 60 MiB"},
@@ -202,7 +202,9 @@ func TestLoadRefuses(t *testing.T) {
 		{"ELF entry outside", changeELF(func(b []byte) { b[64+112+16+1] = 0xFF; b[64+112+16] = 0xFF }), nil, "", ErrNotKernel, "outside"},
 		{"ELF segment in low memory", changeELF(func(b []byte) { le.PutUint64(b[64+24:], 0x7000) }), nil, "", ErrNotKernel, "segment"},
 		{"ELF segment past RAM", changeELF(func(b []byte) { le.PutUint64(b[64+24:], 1<<40) }), nil, "", ErrNoRoom, ""},
-		{"ELF segment that wraps", changeELF(func(b []byte) { le.PutUint64(b[64+40:], 1<<64-1) }), nil, "", ErrNoRoom, ""},
+		{"ELF segment that wraps", changeELF(func(b []byte) { le.PutUint64(b[64+40:], 1<<64-1) }), nil, "", ErrNotKernel, "load address"},
+		{"ELF of many segments", manySegments(elfFile, 65), nil, "", ErrNotKernel, "65 segments"},
+		{"ELF segments larger than the file", overlapping(elfFile, 60), nil, "", ErrNotKernel, "segment"},
 		{"ELF segment larger in the file", changeELF(func(b []byte) { le.PutUint64(b[64+32:], 1<<30) }), nil, "", ErrNotKernel, "segment"},
 	}
 	for _, tt := range tests {
@@ -212,6 +214,43 @@ func TestLoadRefuses(t *testing.T) {
 				t.Errorf("Load: %v; want %v with %q", err, tt.want, tt.text)
 			}
 		})
+	}
+}
+
+// manySegments is an ELF file that says it has n program headers.
+func manySegments(elfFile []byte, n uint16) []byte {
+	b := append(bytes.Clone(elfFile), make([]byte, 56*int(n))...)
+	binary.LittleEndian.PutUint16(b[56:], n)
+	return b
+}
+
+// overlapping is an ELF file whose n segments to load all are most of the file.
+func overlapping(elfFile []byte, n int) []byte {
+	le := binary.LittleEndian
+	var table []byte
+	for range n {
+		p := bytes.Clone(elfFile[64 : 64+56])
+		le.PutUint64(p[32:], uint64(56*n))
+		le.PutUint64(p[40:], uint64(56*n))
+		table = append(table, p...)
+	}
+	b := append(bytes.Clone(elfFile), append(table, make([]byte, 8192)...)...)
+	le.PutUint64(b[32:], uint64(len(elfFile)))
+	le.PutUint16(b[56:], uint16(n))
+	return b
+}
+
+// TestCheck agrees with Load about what is a kernel.
+func TestCheck(t *testing.T) {
+	var p guesttest.Program
+	p.Halt()
+	for _, b := range [][]byte{p.ELF(), bzImage(1<<20, []byte("code"))} {
+		if err := Check(file(b)); err != nil {
+			t.Errorf("Check: %v", err)
+		}
+		if err := Check(file(b[:100])); !errors.Is(err, ErrNotKernel) {
+			t.Errorf("Check of the first 100 bytes: %v, want %v", err, ErrNotKernel)
+		}
 	}
 }
 

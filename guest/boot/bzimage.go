@@ -44,10 +44,8 @@ const (
 
 // loadBzImage loads a bzImage for its 64-bit entry.
 func loadBzImage(mem *guest.Memory, cfg *Config) (Entry, error) {
-	hdr := make([]byte, pageSize)
-	n, _ := cfg.Kernel.ReadAt(hdr, 0) // A short file is judged by what it lacks.
-	hdr = hdr[:n]
-	if err := checkBzImage(hdr); err != nil {
+	hdr, err := readHeader(cfg.Kernel)
+	if err != nil {
 		return Entry{}, err
 	}
 	le := binary.LittleEndian
@@ -68,11 +66,12 @@ func loadBzImage(mem *guest.Memory, cfg *Config) (Entry, error) {
 	}
 	// The kernel unpacks itself to its preferred address and needs init_size
 	// bytes there before it can say what it lacks.
-	end, ok := guest.GPA(max(le.Uint64(hdr[hdrPrefAddress:]), uint64(HighRAM))).Add(uint64(le.Uint32(hdr[hdrInitSize:])))
-	if !ok || end > topOfLowRAM(mem) {
-		return Entry{}, fmt.Errorf("%w: this kernel needs %d MiB to start", ErrNoRoom, mib(uint64(end)))
+	base := guest.GPA(max(le.Uint64(hdr[hdrPrefAddress:]), uint64(HighRAM)))
+	size := uint64(le.Uint32(hdr[hdrInitSize:]))
+	if err := checkRoom(base, size, topOfLowRAM(mem)); err != nil {
+		return Entry{}, err
 	}
-	initrd, err := loadInitrd(mem, cfg.Initrd, end, uint64(le.Uint32(hdr[hdrInitrdAddrMax:])))
+	initrd, err := loadInitrd(mem, cfg.Initrd, base+guest.GPA(size), uint64(le.Uint32(hdr[hdrInitrdAddrMax:])))
 	if err != nil {
 		return Entry{}, err
 	}
@@ -89,17 +88,21 @@ func loadBzImage(mem *guest.Memory, cfg *Config) (Entry, error) {
 	return Entry{Mode: LongMode, RIP: HighRAM + entry64, Params: zeroPageAddr}, nil
 }
 
-func checkBzImage(hdr []byte) error {
+// readHeader reads the first page of a bzImage, its set-up header checked.
+func readHeader(f File) (hdr []byte, err error) {
+	hdr = make([]byte, pageSize)
+	n, _ := f.ReadAt(hdr, 0) // A short file is judged by what it lacks.
+	hdr = hdr[:n]
 	le := binary.LittleEndian
 	switch {
 	case len(hdr) < hdrMinimumEnd, le.Uint16(hdr[hdrBootFlag:]) != 0xAA55, string(hdr[hdrMagic:hdrMagic+4]) != "HdrS":
-		return fmt.Errorf("%w: neither a bzImage nor an ELF file", ErrNotKernel)
+		return nil, fmt.Errorf("%w: neither a bzImage (vmlinuz) nor an ELF file (vmlinux)", ErrNotKernel)
 	case le.Uint16(hdr[hdrVersion:]) < protocol64, le.Uint16(hdr[hdrXLoadFlags:])&xlfKernel64 == 0:
-		return fmt.Errorf("%w: it has no 64-bit entry (boot protocol %#x)", ErrNotKernel, le.Uint16(hdr[hdrVersion:]))
+		return nil, fmt.Errorf("%w: it has no 64-bit entry (boot protocol %#x)", ErrNotKernel, le.Uint16(hdr[hdrVersion:]))
 	case hdr[hdrRelocatable] == 0:
-		return fmt.Errorf("%w: it is not relocatable (CONFIG_RELOCATABLE)", ErrNotKernel)
+		return nil, fmt.Errorf("%w: it is not relocatable (CONFIG_RELOCATABLE)", ErrNotKernel)
 	}
-	return nil
+	return hdr, nil
 }
 
 // bootParams makes struct boot_params: the kernel's own set-up header with the

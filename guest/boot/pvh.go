@@ -14,7 +14,7 @@ import (
 const (
 	notePhys32Entry = 18
 	noteOwner       = "Xen\x00"
-	maxNotes        = 1 << 20 // bytes of one PT_NOTE segment that are looked at
+	maxNotes        = 64 << 10 // bytes of one PT_NOTE segment that are looked at
 )
 
 // struct hvm_start_info, version 1, and what it points at.
@@ -29,17 +29,26 @@ const (
 
 // loadPVH loads an ELF kernel for its PVH entry.
 func loadPVH(mem *guest.Memory, cfg *Config) (Entry, error) {
-	f, err := elf.NewFile(cfg.Kernel)
-	if err != nil {
-		return Entry{}, fmt.Errorf("%w: %w", ErrNotKernel, err)
-	}
-	if f.Machine != elf.EM_X86_64 {
-		return Entry{}, fmt.Errorf("%w: an ELF file for %v, not for x86-64", ErrNotKernel, f.Machine)
-	}
-	entry, end, err := loadSegments(mem, f, cfg.Kernel)
+	segments, entry, err := openELF(cfg.Kernel)
 	if err != nil {
 		return Entry{}, err
 	}
+	var end guest.GPA
+	for _, p := range segments {
+		base := guest.GPA(p.Paddr)
+		if err := checkRoom(base, p.Memsz, topOfLowRAM(mem)); err != nil {
+			return Entry{}, err
+		}
+		// What the file does not fill reads as zero: RAM starts out zeroed.
+		if err := readInto(mem, base, cfg.Kernel, int64(p.Off), p.Filesz); err != nil { //nolint:gosec // G115: bounded by openELF
+			return Entry{}, err
+		}
+		end = max(end, base+guest.GPA(p.Memsz))
+	}
+	if entry >= end {
+		return Entry{}, fmt.Errorf("%w: its PVH entry %v lies outside the kernel", ErrNotKernel, entry)
+	}
+	end = (end + pageSize - 1) &^ (pageSize - 1)
 	initrd, err := loadInitrd(mem, cfg.Initrd, end, math.MaxUint32)
 	if err != nil {
 		return Entry{}, err
@@ -53,18 +62,33 @@ func loadPVH(mem *guest.Memory, cfg *Config) (Entry, error) {
 	return Entry{Mode: ProtectedMode, RIP: entry, Params: startInfoAddr}, nil
 }
 
-// loadSegments loads the segments of f and returns its PVH entry and the first
-// page after the kernel.
-func loadSegments(mem *guest.Memory, f *elf.File, file File) (entry, end guest.GPA, err error) {
+// maxSegments is many times what a kernel has.
+const maxSegments = 64
+
+// openELF returns the segments to load and the PVH entry of an ELF kernel. All
+// segments together take no more bytes than the file has, so loading them is
+// bounded by its size.
+func openELF(file File) (segments []*elf.Prog, entry guest.GPA, err error) {
+	f, err := parseELF(file)
+	if err != nil {
+		return nil, 0, fmt.Errorf("%w: %w", ErrNotKernel, err)
+	}
+	switch {
+	case f.Machine != elf.EM_X86_64:
+		return nil, 0, fmt.Errorf("%w: an ELF file for %v, not for x86-64", ErrNotKernel, f.Machine)
+	case len(f.Progs) > maxSegments:
+		return nil, 0, fmt.Errorf("%w: an ELF file of %d segments makes no sense", ErrNotKernel, len(f.Progs))
+	}
+	left := uint64(max(file.Size, 0))
 	found := false
 	for _, p := range f.Progs {
 		switch p.Type {
 		case elf.PT_LOAD:
-			segEnd, err := loadSegment(mem, p, file)
-			if err != nil {
-				return 0, 0, err
+			if p.Filesz > p.Memsz || p.Filesz > left || guest.GPA(p.Paddr) < HighRAM || p.Off > math.MaxInt64 {
+				return nil, 0, fmt.Errorf("%w: a segment of %d bytes at %#x makes no sense", ErrNotKernel, p.Filesz, p.Paddr)
 			}
-			end = max(end, segEnd)
+			left -= p.Filesz
+			segments = append(segments, p)
 		case elf.PT_NOTE:
 			if e, ok := pvhNote(p); ok {
 				entry, found = e, true
@@ -73,24 +97,22 @@ func loadSegments(mem *guest.Memory, f *elf.File, file File) (entry, end guest.G
 	}
 	switch {
 	case !found:
-		return 0, 0, fmt.Errorf("%w: an ELF file without a PVH entry (CONFIG_PVH)", ErrNotKernel)
-	case entry < HighRAM || entry >= end:
-		return 0, 0, fmt.Errorf("%w: its PVH entry %v lies outside the kernel", ErrNotKernel, entry)
+		return nil, 0, fmt.Errorf("%w: an ELF file without a PVH entry (CONFIG_PVH)", ErrNotKernel)
+	case entry < HighRAM:
+		return nil, 0, fmt.Errorf("%w: its PVH entry %v lies outside the kernel", ErrNotKernel, entry)
 	}
-	return entry, (end + pageSize - 1) &^ (pageSize - 1), nil
+	return segments, entry, nil
 }
 
-func loadSegment(mem *guest.Memory, p *elf.Prog, file File) (end guest.GPA, err error) {
-	base := guest.GPA(p.Paddr)
-	if p.Filesz > p.Memsz || base < HighRAM || p.Off > math.MaxInt64 {
-		return 0, fmt.Errorf("%w: a segment at %v of %d bytes makes no sense", ErrNotKernel, base, p.Memsz)
-	}
-	end, ok := base.Add(p.Memsz)
-	if !ok || end > topOfLowRAM(mem) {
-		return 0, fmt.Errorf("%w: this kernel needs %d MiB to start", ErrNoRoom, mib(uint64(end)))
-	}
-	// What the file does not fill reads as zero: RAM starts out zeroed.
-	return end, readInto(mem, base, file, int64(p.Off), p.Filesz)
+// parseELF is elf.NewFile for a file that may be made to break it: that
+// package does not promise to survive one.
+func parseELF(f File) (file *elf.File, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("a broken ELF file: %v", r)
+		}
+	}()
+	return elf.NewFile(f)
 }
 
 // pvhNote looks for the PVH entry among the notes of p.
