@@ -55,8 +55,8 @@ func newBoard(m *Machine) (*board, error) {
 		done string
 		do   func() error
 	}{
+		{"mapped memory", b.mapMemory},
 		{"created the VM", b.createVM},
-		{"mapped memory", b.createMemory},
 		{"created the devices", b.createDevices},
 		{"loaded the kernel", b.load},
 		{"created the vCPUs", b.createVCPUs},
@@ -87,14 +87,36 @@ func (b *board) close() error {
 	return errors.Join(errs...)
 }
 
-// createVM makes the VM and all that the kernel provides of it.
+// mapMemory maps the guest's RAM.
+func (b *board) mapMemory() error {
+	ram, unmap, err := mapRAM(b.m.cfg.Memory)
+	if err != nil {
+		return fmt.Errorf("%w: %d MiB of memory cannot be mapped on this host (%w); ask for less", ErrConfig, b.m.cfg.Memory>>20, err)
+	}
+	b.onClose(unmap)
+	low := min(uint64(len(ram)), uint64(lowRAMMax))
+	regions := []guest.Region{{Base: 0, Bytes: ram[:low:low]}}
+	if low < uint64(len(ram)) {
+		regions = append(regions, guest.Region{Base: highRAM, Bytes: ram[low:]})
+	}
+	b.mem, err = guest.NewMemory(regions...)
+	return err
+}
+
+// createVM makes the VM and all that the kernel provides of it, over the
+// guest's RAM, which stays mapped until the VM is closed.
 func (b *board) createVM() error {
 	vm, err := b.m.sys.CreateVM()
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w; another hypervisor may be using the processor", ErrNoKVM, err)
 	}
 	b.vm = vm
 	b.onClose(vm.Close)
+	for i, r := range b.mem.Regions() {
+		if err := vm.SetUserMemoryRegion(uint32(i), uint64(r.Base), r.Bytes); err != nil {
+			return fmt.Errorf("%w: KVM does not take %d MiB of memory at %v (%w); ask for less", ErrConfig, len(r.Bytes)>>20, r.Base, err)
+		}
+	}
 	if err := vm.SetIdentityMapAddr(identityMapAddr); err != nil {
 		return err
 	}
@@ -109,29 +131,6 @@ func (b *board) createVM() error {
 	}
 	b.irqs, err = newInterrupts(vm)
 	return err
-}
-
-// createMemory maps the guest's RAM and puts it into the VM.
-func (b *board) createMemory() error {
-	ram, unmap, err := mapRAM(b.m.cfg.Memory)
-	if err != nil {
-		return fmt.Errorf("%w: %d MiB of memory cannot be mapped on this host (%w); ask for less", ErrConfig, b.m.cfg.Memory>>20, err)
-	}
-	b.onClose(unmap)
-	low := min(uint64(len(ram)), uint64(lowRAMMax))
-	regions := []guest.Region{{Base: 0, Bytes: ram[:low:low]}}
-	if low < uint64(len(ram)) {
-		regions = append(regions, guest.Region{Base: highRAM, Bytes: ram[low:]})
-	}
-	if b.mem, err = guest.NewMemory(regions...); err != nil {
-		return err
-	}
-	for i, r := range regions {
-		if err := b.vm.SetUserMemoryRegion(uint32(i), uint64(r.Base), r.Bytes); err != nil {
-			return fmt.Errorf("%w: KVM does not take %d MiB of memory at %v: %w", ErrConfig, len(r.Bytes)>>20, r.Base, err)
-		}
-	}
-	return nil
 }
 
 // createDevices makes everything but the disks.
@@ -301,51 +300,68 @@ func (b *board) finish(o Outcome, err error) {
 	b.once.Do(func() {
 		b.outcome, b.err = o, err
 		close(b.ended)
+		// Whoever waits for room on the console must see the end as well.
+		b.m.out.waive(true)
 	})
 }
 
-func (b *board) markBooted() { b.bootOnce.Do(func() { close(b.booted) }) }
+func (b *board) hasEnded() bool {
+	select {
+	case <-b.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+func (b *board) markBooted() {
+	b.bootOnce.Do(func() {
+		close(b.booted)
+		b.m.phase("guest booted")
+	})
+}
+
+// bootExpired ends a guest that has not booted.
+func (b *board) bootExpired() {
+	select {
+	case <-b.booted:
+	default:
+		b.end(BootTimeout)
+	}
+}
 
 // coalescedDelay bounds how long a byte may lie in the ring while no vCPU
 // exits.
 const coalescedDelay = 100 * time.Millisecond
 
-// run starts the vCPUs and waits for the end, which stops them.
+// run starts the vCPUs and waits for the end, which stops them. What may end
+// the guest does so from goroutines of its own: this one may have to wait for
+// the console.
 func (b *board) run(ctx context.Context) (Outcome, error) {
 	b.m.in.attach(b.serial.arrived)
 	if b.m.in.ready() {
 		b.serial.arrived()
 	}
-	var bootTimeout <-chan time.Time
+	defer context.AfterFunc(ctx, func() { b.finish(Canceled, context.Cause(ctx)) })()
 	if b.m.cfg.BootTimeout > 0 {
-		timer := time.NewTimer(b.m.cfg.BootTimeout)
-		defer timer.Stop()
-		bootTimeout = timer.C
+		defer time.AfterFunc(b.m.cfg.BootTimeout, b.bootExpired).Stop()
 	}
-	ticker := time.NewTicker(coalescedDelay)
-	defer ticker.Stop()
 	b.m.phase("starting the vCPUs")
 	for _, c := range b.vcpus {
 		c.started.Store(true)
 		go c.loop()
 	}
-	defer b.stopVCPUs()
-	booted := b.booted
-	for {
+	ticker := time.NewTicker(coalescedDelay)
+	defer ticker.Stop()
+	for !b.hasEnded() {
 		select {
 		case <-b.ended:
-			return b.outcome, b.err
-		case <-ctx.Done():
-			b.finish(Canceled, context.Cause(ctx))
-		case <-bootTimeout:
-			b.end(BootTimeout)
-		case <-booted:
-			b.m.phase("guest booted")
-			booted, bootTimeout = nil, nil
 		case <-ticker.C:
 			b.drainCoalesced(b.vcpus[0].kvm)
 		}
 	}
+	b.stopVCPUs()
+	return b.outcome, b.err
 }
 
 // stopVCPUs ends the loops and waits for them. What the guest wrote last is

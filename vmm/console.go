@@ -132,11 +132,17 @@ func (o *consoleOutput) close() error {
 
 // consoleInput holds what the guest has yet to read. It outlives a reboot.
 type consoleInput struct {
+	// callMu is held while arrived is called, and while it is changed: when
+	// attach returns, the one before is not called any more. It is taken
+	// before mu.
+	callMu sync.Mutex
+
 	mu      sync.Mutex // guards what follows
 	room    sync.Cond
 	pending []byte
-	arrived func() // tells the serial port of the running guest
 	closed  bool
+
+	arrived func() // guarded by callMu; tells the serial port of the running guest
 }
 
 // start reads r until it ends.
@@ -163,18 +169,20 @@ func (in *consoleInput) add(p []byte) bool {
 		in.room.Wait()
 	}
 	in.pending = append(in.pending, p...)
-	arrived, closed := in.arrived, in.closed
+	closed := in.closed
 	in.mu.Unlock()
-	if arrived != nil && len(p) > 0 {
-		arrived()
+	in.callMu.Lock()
+	defer in.callMu.Unlock()
+	if in.arrived != nil && len(p) > 0 {
+		in.arrived()
 	}
 	return !closed
 }
 
 // attach has f called, on any goroutine, whenever input has arrived.
 func (in *consoleInput) attach(f func()) {
-	in.mu.Lock()
-	defer in.mu.Unlock()
+	in.callMu.Lock()
+	defer in.callMu.Unlock()
 	in.arrived = f
 }
 
@@ -204,6 +212,5 @@ func (in *consoleInput) close() {
 	in.mu.Lock()
 	defer in.mu.Unlock()
 	in.closed = true
-	in.arrived = nil
 	in.room.Broadcast()
 }

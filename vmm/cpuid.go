@@ -25,12 +25,14 @@ const (
 	levelSMT         = 1
 	levelCore        = 2
 	physicalBitsMask = 0xFF
+	cacheTypeMask    = 0x1F
 )
 
 // cpuidFor turns what KVM supports into what the vCPU with the given local
 // APIC ID is told: one package of cpus cores with one thread each.
 func cpuidFor(supported []kvm.CPUIDEntry, id, cpus int, tscDeadline bool) []kvm.CPUIDEntry {
 	n, apic := uint32(cpus), uint32(id) //nolint:gosec // G115: at most maxCPUs
+	amd := isAMD(supported)
 	idBits := uint32(bits.Len32(n - 1)) //nolint:gosec // G115: at most 32
 	var out []kvm.CPUIDEntry
 	for _, e := range supported {
@@ -46,18 +48,22 @@ func cpuidFor(supported []kvm.CPUIDEntry, id, cpus int, tscDeadline bool) []kvm.
 				e.Edx |= edxHTT
 			}
 		case leafCaches:
-			e.Eax = cacheSharing(e.Eax, n) | (1<<idBits-1)&0x3F<<26
+			if e.Eax&cacheTypeMask != 0 {
+				e.Eax = cacheSharing(e.Eax, n) | (1<<idBits-1)&0x3F<<26
+			}
 		case leafAMDCaches:
 			e.Eax = cacheSharing(e.Eax, n)
 		case leafTopology, leafTopologyV2:
 			continue // written anew below
 		case leafAMDFeatures:
 			e.Ecx &^= ecxCmpLegacy
-			if n > 1 {
+			if amd && n > 1 {
 				e.Ecx |= ecxCmpLegacy
 			}
 		case leafSizes:
-			e.Ecx = e.Ecx&^0xF0FF | (n-1)&0xFF | idBits<<12
+			if amd { // reserved elsewhere
+				e.Ecx = e.Ecx&^0xF0FF | (n-1)&0xFF | idBits<<12
+			}
 		case leafAMDTopology:
 			e.Eax, e.Ebx, e.Ecx = apic, apic&0xFF, 0
 		}
@@ -68,6 +74,17 @@ func cpuidFor(supported []kvm.CPUIDEntry, id, cpus int, tscDeadline bool) []kvm.
 		kvm.CPUIDEntry{Function: leafTopology, Index: 1, Flags: cpuidIndexed, Eax: idBits, Ebx: n, Ecx: 1 | levelCore<<8, Edx: apic},
 		kvm.CPUIDEntry{Function: leafTopology, Index: 2, Flags: cpuidIndexed, Ecx: 2, Edx: apic},
 	)
+}
+
+// isAMD reports whether the vendor is AMD or Hygon, whose leaves differ.
+func isAMD(supported []kvm.CPUIDEntry) bool {
+	const auth, hygo = 0x6874_7541, 0x6F67_7948 // "Auth", "Hygo", as EBX holds them
+	for _, e := range supported {
+		if e.Function == 0 {
+			return e.Ebx == auth || e.Ebx == hygo
+		}
+	}
+	return false
 }
 
 // cacheSharing rewrites how many logical processors share a cache: the first

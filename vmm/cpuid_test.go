@@ -10,6 +10,7 @@ import (
 // APIC ID is distinct and all cores are in one package.
 func TestTopology(t *testing.T) {
 	supported := []kvm.CPUIDEntry{
+		{Function: 0, Ebx: 0x6874_7541},
 		{Function: leafFeatures, Ebx: 0xAA_BB_08_00, Ecx: 1, Edx: edxHTT},
 		{Function: leafCaches, Index: 0, Flags: cpuidIndexed, Eax: 1<<5 | 1 | 0x3F<<26 | 7<<14},
 		{Function: leafCaches, Index: 3, Flags: cpuidIndexed, Eax: 3<<5 | 3},

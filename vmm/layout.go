@@ -41,7 +41,3 @@ const (
 	firstMSI = 24
 	maxGSI   = 4096
 )
-
-// maxCPUs is what 8-bit local APIC IDs allow, of which 0xFF means every one
-// (and KVM may allow fewer).
-const maxCPUs = 254

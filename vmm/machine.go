@@ -14,6 +14,7 @@ import (
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/virtio"
 	"github.com/calfvm/calf/vmm/internal/kvm"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -27,7 +28,7 @@ const (
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
-	start  time.Time // of New, from which the phases are measured
+	start  time.Time // from which the phases are measured
 	sys    *kvm.System
 	cpuid  []kvm.CPUIDEntry // what KVM supports
 	kernel *os.File
@@ -36,14 +37,18 @@ type Machine struct {
 	in     consoleInput
 	disks  []Disk
 
-	mu    sync.Mutex // guards board against PowerButton
-	board *board     // of the guest that runs, or is to run next
+	mu      sync.Mutex // guards what follows
+	board   *board     // of the guest that runs, or is to run next; nil between two
+	pressed bool       // the power button was pressed while there was no board
 }
 
 // New builds a machine without disks. What it cannot be built for is an error
 // that names the thing and the mend.
 func New(cfg Config) (*Machine, error) {
-	m := &Machine{cfg: cfg, log: cfg.Logger, start: time.Now()}
+	m := &Machine{cfg: cfg, log: cfg.Logger, start: cfg.Started}
+	if m.start.IsZero() {
+		m.start = time.Now()
+	}
 	if m.log == nil {
 		m.log = slog.New(slog.DiscardHandler)
 	}
@@ -92,6 +97,8 @@ func (m *Machine) applyDefaults() error {
 	switch {
 	case c.CPUs < 0:
 		return fmt.Errorf("%w: %d vCPUs; ask for at least one", ErrConfig, c.CPUs)
+	case c.CPUs > MaxCPUs:
+		return fmt.Errorf("%w: %d vCPUs; a machine has at most %d", ErrConfig, c.CPUs, MaxCPUs)
 	case c.Memory%pageSize != 0:
 		return fmt.Errorf("%w: %d bytes of memory are not a multiple of %d", ErrConfig, c.Memory, pageSize)
 	case c.Kernel == "":
@@ -102,8 +109,7 @@ func (m *Machine) applyDefaults() error {
 
 // checkLimits holds the configuration against what this KVM allows.
 func (m *Machine) checkLimits() error {
-	limit := min(m.sys.Extension(kvm.CapMaxVCPUs), maxCPUs)
-	if m.cfg.CPUs > limit {
+	if limit := m.sys.Extension(kvm.CapMaxVCPUs); m.cfg.CPUs > limit {
 		return fmt.Errorf("%w: %d vCPUs; KVM on this host allows %d", ErrConfig, m.cfg.CPUs, limit)
 	}
 	bits := physicalBits(m.cpuid)
@@ -114,9 +120,10 @@ func (m *Machine) checkLimits() error {
 	return nil
 }
 
-// openFile opens a regular file that is to be loaded.
+// openFile opens a regular file that is to be loaded. Opening anything else,
+// such as a named pipe, might wait for ever.
 func openFile(what, path string) (*os.File, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		if pe, ok := errors.AsType[*fs.PathError](err); ok {
 			err = pe.Err
@@ -189,19 +196,43 @@ func (m *Machine) Run(ctx context.Context) (Outcome, error) {
 	for {
 		outcome, err := m.board.run(ctx)
 		m.log.Debug("guest ended", "outcome", outcome)
-		err = errors.Join(err, m.board.close())
+		err = errors.Join(err, m.unplug())
 		if outcome != Reboot || m.cfg.NoReboot || err != nil {
 			return outcome, err
 		}
 		m.start = time.Now()
 		next, err := newBoard(m)
-		m.mu.Lock()
-		m.board = next
-		m.mu.Unlock()
 		if err != nil {
 			return Unknown, fmt.Errorf("restart the guest: %w", err)
 		}
+		if err := m.plug(next); err != nil {
+			return Unknown, err
+		}
 	}
+}
+
+// plug makes b the machine's board.
+func (m *Machine) plug(b *board) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.board = b
+	if !m.pressed {
+		return nil
+	}
+	m.pressed = false
+	return b.pm.pressButton()
+}
+
+// unplug frees the machine's board, if there is one.
+func (m *Machine) unplug() error {
+	m.mu.Lock()
+	b := m.board
+	m.board = nil
+	m.mu.Unlock()
+	if b == nil {
+		return nil
+	}
+	return b.close()
 }
 
 // PowerButton asks the guest to power off, as the button of a PC would. A
@@ -210,6 +241,7 @@ func (m *Machine) PowerButton() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.board == nil {
+		m.pressed = true
 		return nil
 	}
 	return m.board.pm.pressButton()
@@ -218,13 +250,7 @@ func (m *Machine) PowerButton() error {
 // Close frees the machine, which must not be running, and waits until the
 // console has taken what the guest wrote.
 func (m *Machine) Close() error {
-	var errs []error
-	m.mu.Lock()
-	if m.board != nil {
-		errs = append(errs, m.board.close())
-		m.board = nil
-	}
-	m.mu.Unlock()
+	errs := []error{m.unplug()}
 	m.in.close()
 	if m.out != nil {
 		if err := m.out.close(); err != nil {

@@ -365,7 +365,7 @@ func TestBadConfig(t *testing.T) {
 		{"no kernel", func(c *vmm.Config) { c.Kernel = "" }, "no kernel is given"},
 		{"missing kernel", func(c *vmm.Config) { c.Kernel = filepath.Join(dir, "none") }, "no such file"},
 		{"a directory", func(c *vmm.Config) { c.Kernel = dir }, "not a regular file"},
-		{"not a kernel", func(c *vmm.Config) { c.Kernel = text }, "neither a bzImage nor an ELF file"},
+		{"not a kernel", func(c *vmm.Config) { c.Kernel = text }, "neither a bzImage (vmlinuz) nor an ELF file (vmlinux)"},
 		{"missing initrd", func(c *vmm.Config) { c.Initrd = filepath.Join(dir, "none") }, "initrd"},
 		{"empty initrd", func(c *vmm.Config) { c.Initrd = os.DevNull }, "not a regular file"},
 		{"too many vCPUs", func(c *vmm.Config) { c.CPUs = 100_000 }, "100000 vCPUs"},

@@ -36,7 +36,7 @@ func newPCIBus() *pciBus {
 // plug puts fn into the next free slot.
 func (b *pciBus) plug(fn pci.Function) error {
 	if b.nextSlot == slots {
-		return fmt.Errorf("the PCI bus is full: it takes %d devices", slots-1)
+		return fmt.Errorf("%w: the PCI bus takes %d disks", ErrConfig, MaxDisks)
 	}
 	b.functions[b.nextSlot*functionsPerSlot] = fn
 	b.nextSlot++

@@ -25,7 +25,11 @@ type powerManager struct {
 	vm  *kvm.VM
 	end func(Outcome)
 
-	mu      sync.Mutex // guards what follows; held across KVM_IRQ_LINE
+	mu sync.Mutex // guards what follows; held across KVM_IRQ_LINE
+	// asked is set from a press of the button until the guest acknowledges it
+	// with the event enabled: a guest that is still starting clears and only
+	// then enables it, and shall not miss the press.
+	asked   bool
 	status  uint16
 	enable  uint16
 	control uint16
@@ -35,6 +39,7 @@ type powerManager struct {
 func (pm *powerManager) pressButton() error {
 	pm.mu.Lock()
 	defer pm.mu.Unlock()
+	pm.asked = true
 	pm.status |= pm1PowerButton
 	return pm.updateSCILocked()
 }
@@ -55,6 +60,7 @@ func (pm *powerManager) readPIO(port uint16, p []byte) {
 	binary.LittleEndian.PutUint16(regs[0:], pm.status)
 	binary.LittleEndian.PutUint16(regs[2:], pm.enable)
 	binary.LittleEndian.PutUint16(regs[4:], pm.control|pm1SCIEnable)
+	clear(p)
 	copy(p, regs[port-portPM1Event:])
 }
 
@@ -65,8 +71,15 @@ func (pm *powerManager) writePIO(port uint16, p []byte) {
 	binary.LittleEndian.PutUint16(regs[2:], pm.enable)
 	binary.LittleEndian.PutUint16(regs[4:], pm.control)
 	copy(regs[port-portPM1Event:], p)
-	pm.status &^= binary.LittleEndian.Uint16(regs[0:]) // written ones clear
+	cleared := binary.LittleEndian.Uint16(regs[0:]) // written ones clear
+	if cleared&pm1PowerButton != 0 && pm.enable&pm1PowerButton != 0 {
+		pm.asked = false
+	}
+	pm.status &^= cleared
 	pm.enable = binary.LittleEndian.Uint16(regs[2:])
+	if pm.asked && pm.enable&pm1PowerButton != 0 {
+		pm.status |= pm1PowerButton
+	}
 	control := binary.LittleEndian.Uint16(regs[4:])
 	pm.control = control &^ pm1SleepEnable
 	_ = pm.updateSCILocked() // It fails only on a machine that is going away.

@@ -41,9 +41,9 @@ type serial struct {
 	// interrupt raises the port's edge-triggered interrupt.
 	interrupt func()
 	// opened is called when the guest first asks for receive and line-status
-	// interrupts and no others, which is how Linux starts the port when it is
-	// opened: by the kernel itself, for the first process. (A driver that
-	// probes the port sets every bit.)
+	// interrupts but not for transmit ones, which is how Linux starts the port
+	// when it is opened: by the kernel itself, for the first process. (A driver
+	// that probes the port sets every bit.)
 	opened func()
 
 	mu          sync.Mutex // guards what follows
@@ -94,12 +94,12 @@ func (s *serial) readPIO(port uint16, p []byte) {
 }
 
 func (s *serial) writePIO(port uint16, p []byte) {
-	if port == portCOM1 && len(p) == 1 {
+	if port == portCOM1 {
 		s.mu.Lock()
 		data := s.lcr&lcrDLAB == 0 && s.mcr&mcrLoop == 0
 		s.mu.Unlock()
 		if data {
-			s.out.write(p) // may wait, so not under the lock
+			s.out.write(p[:1]) // may wait, so not under the lock
 		}
 	}
 	s.mu.Lock()
@@ -177,7 +177,8 @@ func (s *serial) writeLocked(reg uint16, v byte) {
 			s.transmitted = true
 		}
 		s.ier = v & ierMask
-		if s.ier == ierReceive|ierLineStatus && !s.wasOpened {
+		const opening = ierReceive | ierLineStatus
+		if s.ier&(opening|ierTransmit) == opening && !s.wasOpened {
 			s.wasOpened = true
 			s.opened()
 		}

@@ -19,6 +19,14 @@ import (
 // library's and the runtime's own.
 const kickSignal = unix.Signal(36)
 
+// allowKick lets kickSignal through to this thread: whoever started this
+// process may have it blocked, and the runtime leaves that as it is.
+func allowKick() error {
+	var set unix.Sigset_t
+	set.Val[(kickSignal-1)/64] = 1 << ((kickSignal - 1) % 64)
+	return unix.PthreadSigmask(unix.SIG_UNBLOCK, &set, nil)
+}
+
 // vcpu is a virtual processor and the goroutine that runs it, which is locked
 // to its thread for life.
 type vcpu struct {
@@ -50,6 +58,10 @@ func (c *vcpu) loop() {
 	// Never unlocked: the thread dies with the goroutine, and with it the
 	// kernel's idea of where this vCPU runs.
 	runtime.LockOSThread()
+	if err := allowKick(); err != nil {
+		c.board.fail(fmt.Errorf("vCPU %d: let signal %d through: %w", c.id, kickSignal, err))
+		return
+	}
 	c.tid.Store(int32(unix.Gettid())) //nolint:gosec // G115: a thread ID has 32 bits
 	defer c.tid.Store(0)
 
@@ -59,6 +71,9 @@ func (c *vcpu) loop() {
 		case err == nil:
 			c.board.drainCoalesced(c.kvm)
 			c.handleExit()
+			if c.board.hasEnded() {
+				return // the guest shall not run on after its end
+			}
 		case errors.Is(err, unix.EINTR):
 			// The request is taken back first and the flag looked at after,
 			// so one made in between is not lost.

@@ -29,6 +29,15 @@ import (
 	"github.com/calfvm/calf/blk"
 )
 
+// Limits of a machine.
+const (
+	// MaxCPUs is what 8-bit local APIC IDs allow, of which 0xFF means every
+	// one. KVM may allow fewer.
+	MaxCPUs = 254
+	// MaxDisks is the number of slots of the PCI bus beside the host bridge's.
+	MaxDisks = slots - 1
+)
+
 // Config describes a machine.
 type Config struct {
 	// CPUs is the number of vCPUs; 0 means 1.
@@ -54,6 +63,10 @@ type Config struct {
 	// it and emulates each instruction: enough for tiny guests, useless for
 	// Linux.
 	AllowEmulation bool
+	// Started is when whatever leads to the guest's first instruction began, such
+	// as the process; zero: at New. The phases that are logged at debug level are
+	// measured from it.
+	Started time.Time
 	// Logger gets what the machine does; nil: nothing does.
 	Logger *slog.Logger
 }
@@ -82,7 +95,8 @@ const (
 	PowerOff
 	// Reboot: the guest restarted itself, and Config.NoReboot is set.
 	Reboot
-	// Panic: the guest's kernel panicked.
+	// Panic: the guest's kernel panicked. It is known by a warm reset, which
+	// Linux does for calf since 5.2, or by the kernel's pvpanic driver.
 	Panic
 	// TripleFault: the guest's processor gave up.
 	TripleFault

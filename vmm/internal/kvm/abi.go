@@ -125,13 +125,6 @@ func RouteMSI(gsi uint32, address uint64, data uint32) Route {
 // maxRoutes is the size of the table KVM accepts (KVM_MAX_IRQ_ROUTES).
 const maxRoutes = 4096
 
-// routing mirrors struct kvm_irq_routing with room for every entry.
-type routing struct {
-	NR      uint32
-	Flags   uint32
-	Entries [maxRoutes]Route
-}
-
 // maxCPUIDEntries is more than any processor reports (KVM_MAX_CPUID_ENTRIES).
 const maxCPUIDEntries = 256
 

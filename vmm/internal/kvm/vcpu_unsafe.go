@@ -104,14 +104,16 @@ func (c *VCPU) FailReason() uint64 { return binary.LittleEndian.Uint64(c.run[fai
 func (c *VCPU) InternalError() uint32 { return *c.word(internalError) }
 
 // Coalesced calls write for each port write that the kernel collected, oldest
-// first, and empties the ring. The ring is the machine's, whichever vCPU it is
+// first, at most as many as the ring holds: a guest may fill it as fast as it
+// is emptied. The ring is the machine's, whichever vCPU it is
 // reached through: only one goroutine may be in Coalesced at a time, but it
 // need not be the vCPU's.
 func (c *VCPU) Coalesced(write func(port uint16, p []byte)) {
 	first, last := c.word(coalescedFirst), c.word(coalescedLast)
-	for i := *first; i != atomic.LoadUint32(last); {
-		if i >= coalescedMax {
-			return // The kernel keeps both below the size of the ring.
+	i := *first
+	for range coalescedMax {
+		if i == atomic.LoadUint32(last) || i >= coalescedMax {
+			return // Empty; the kernel keeps both below the size of the ring.
 		}
 		e := (*coalescedEntry)(unsafe.Pointer(&c.run[coalescedEntries+int(i)*coalescedSize]))
 		write(uint16(e.PhysAddr), e.Data[:min(e.Len, 8)])

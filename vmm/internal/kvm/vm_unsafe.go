@@ -124,7 +124,12 @@ func (v *VM) SetGSIRouting(routes []Route) error {
 	if len(routes) > maxRoutes {
 		return fmt.Errorf("KVM_SET_GSI_ROUTING: %d routes, at most %d fit", len(routes), maxRoutes)
 	}
-	r := &routing{NR: uint32(len(routes))}
-	copy(r.Entries[:], routes)
-	return opErr("KVM_SET_GSI_ROUTING", ioctlPtr(v.fd, kvmSetGSIRouting, unsafe.Pointer(r)))
+	// struct kvm_irq_routing: a count, flags, and as many entries.
+	const entryWords = unsafe.Sizeof(Route{}) / 8
+	words := make([]uint64, 1+int(entryWords)*len(routes))
+	words[0] = uint64(len(routes))
+	if len(routes) > 0 {
+		copy(unsafe.Slice((*Route)(unsafe.Pointer(&words[1])), len(routes)), routes)
+	}
+	return opErr("KVM_SET_GSI_ROUTING", ioctlPtr(v.fd, kvmSetGSIRouting, unsafe.Pointer(&words[0])))
 }
