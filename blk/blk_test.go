@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/blk/blktest"
@@ -519,6 +520,16 @@ func TestStats(t *testing.T) {
 		want.BytesRead, want.BytesWritten = 1024*(turn+1), 512*(turn+1)
 		want.Unsupported, want.Malformed = turn+1, turn+1
 		want.Errors, want.Unanswerable = 0, 0
+		for name, n := range map[string][2]uint64{
+			"reads":   {s[0].ReadTime.Count(), turn + 1},
+			"writes":  {s[0].WriteTime.Count(), turn + 1},
+			"flushes": {s[0].FlushTime.Count(), turn + 1},
+			"ranges":  {s[0].RangeTime.Count(), 0},
+		} {
+			if n[0] != n[1] {
+				t.Errorf("turn %d: %d %s timed, want %d", turn, n[0], name, n[1])
+			}
+		}
 		if s[0] != want {
 			t.Errorf("turn %d: got %+v", turn, s[0])
 		}
@@ -528,6 +539,36 @@ func TestStats(t *testing.T) {
 		if s[1].Reads != 0 || s[1].Interrupts != 0 {
 			t.Errorf("turn %d: queue 1 has %+v", turn, s[1])
 		}
+	}
+}
+
+// TestLatency serves requests of a known length.
+func TestLatency(t *testing.T) {
+	const delay = 5 * time.Millisecond
+	disk := newThin(diskSize)
+	disk.Fault = func(op string, _ int64) error {
+		if op != "read" {
+			time.Sleep(delay)
+		}
+		return nil
+	}
+	r := newRig(t, blk.Config{Disk: disk})
+	r.start(allFeatures, 1, 16)
+	for range 5 {
+		r.do(tIn, 0, make([]byte, 512))
+		r.do(tOut, 0, make([]byte, 512))
+		r.do(tFlush, 0, nil)
+		r.do(tDiscard, 0, payload(seg{0, 1, 0}))
+		r.do(tWriteZeroes, 0, payload(seg{0, 1, 0}))
+	}
+	s := r.dev.Stats()[0]
+	for name, h := range map[string]*blk.Histogram{"write": &s.WriteTime, "flush": &s.FlushTime, "range": &s.RangeTime} {
+		if got := h.Quantile(0); got < delay {
+			t.Errorf("%s: the shortest took %v, want at least %v", name, got, delay)
+		}
+	}
+	if s.RangeTime.Count() != 10 || s.ReadTime.Count() != 5 {
+		t.Errorf("%d ranges and %d reads timed, want 10 and 5", s.RangeTime.Count(), s.ReadTime.Count())
 	}
 }
 

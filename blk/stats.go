@@ -15,6 +15,10 @@ type QueueStats struct {
 	// Bytes of requests that succeeded.
 	BytesRead, BytesWritten, BytesDiscarded, BytesZeroed uint64
 
+	// How long requests took, from when the worker had them until they were
+	// answered. RangeTime is of discards and zero writes.
+	ReadTime, WriteTime, FlushTime, RangeTime Histogram
+
 	Errors       uint64 // requests answered with IOERR
 	Unsupported  uint64 // requests answered with UNSUPP
 	Unanswerable uint64 // without header or status byte (B10)
@@ -26,6 +30,7 @@ type counters struct {
 	reads, writes, flushes, discards, zeroWrites, others atomic.Uint64
 	bytesRead, bytesWritten, bytesDiscarded, bytesZeroed atomic.Uint64
 	errors, unsupported, unanswerable                    atomic.Uint64
+	readTime, writeTime, flushTime, rangeTime            histogram
 }
 
 // Stats returns the counters of every queue.
@@ -45,6 +50,10 @@ func (d *Device) Stats() []QueueStats {
 			BytesWritten:   c.bytesWritten.Load(),
 			BytesDiscarded: c.bytesDiscarded.Load(),
 			BytesZeroed:    c.bytesZeroed.Load(),
+			ReadTime:       c.readTime.load(),
+			WriteTime:      c.writeTime.load(),
+			FlushTime:      c.flushTime.load(),
+			RangeTime:      c.rangeTime.load(),
 			Errors:         c.errors.Load(),
 			Unsupported:    c.unsupported.Load(),
 			Unanswerable:   c.unanswerable.Load(),

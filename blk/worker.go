@@ -100,14 +100,21 @@ func (w *worker) drain() {
 // there may be more.
 func (w *worker) batch() (more bool) {
 	begin := time.Now()
+	before := begin
 	for range maxBatch {
 		if more = w.vq.Pop(&w.chain); !more {
 			break
 		}
-		w.vq.Push(&w.chain, w.serve(&w.chain))
-		if w.stopping.Load() || time.Since(begin) > maxBatchTime {
+		n, took := w.serve(&w.chain)
+		w.vq.Push(&w.chain, n)
+		now := time.Now()
+		if took != nil {
+			took.add(now.Sub(before))
+		}
+		if w.stopping.Load() || now.Sub(begin) > maxBatchTime {
 			break
 		}
+		before = now
 	}
 	w.vq.Publish()
 	return more
@@ -116,13 +123,14 @@ func (w *worker) batch() (more bool) {
 // serve carries out the request in c and returns how many bytes of it were
 // written without a gap from the first writable one (V7): the data and the
 // status if the data is complete, else nothing unless the status stands alone.
-func (w *worker) serve(c *virtio.Chain) uint32 {
+// took counts how long such requests take, and may be nil.
+func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram) {
 	// V18: the header is read once, here.
 	hasHeader := c.TakeReadable(w.head[:])
 	status := c.TakeStatus()
 	if !hasHeader || status == nil {
 		w.count.unanswerable.Add(1)
-		return 0 // B10: there is no way to answer
+		return 0, nil // B10: there is no way to answer
 	}
 	room := virtio.Len(c.Writable)
 	var code byte
@@ -131,18 +139,23 @@ func (w *worker) serve(c *virtio.Chain) uint32 {
 	switch binary.LittleEndian.Uint32(w.head[:]) {
 	case typeIn:
 		w.count.reads.Add(1)
+		took = &w.count.readTime
 		code, filled = w.read(c, sector, room)
 	case typeOut:
 		w.count.writes.Add(1)
+		took = &w.count.writeTime
 		code = w.write(c, sector, room)
 	case typeFlush:
 		w.count.flushes.Add(1)
+		took = &w.count.flushTime
 		code = w.flush()
 	case typeDiscard:
 		w.count.discards.Add(1)
+		took = &w.count.rangeTime
 		code = w.discard(c, room)
 	case typeWriteZeroes:
 		w.count.zeroWrites.Add(1)
+		took = &w.count.rangeTime
 		code = w.writeZeroes(c, room)
 	case typeGetID:
 		w.count.others.Add(1)
@@ -161,7 +174,7 @@ func (w *worker) serve(c *virtio.Chain) uint32 {
 	if filled == room {
 		filled++ // the status byte follows without a gap
 	}
-	return uint32(filled)
+	return uint32(filled), took
 }
 
 // read carries out an IN request for room bytes.
