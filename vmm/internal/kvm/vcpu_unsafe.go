@@ -165,11 +165,11 @@ func (c *VCPU) SetMSRs(entries []MSREntry) error {
 	}
 	m := &msrs{NMSRs: uint32(len(entries))}
 	copy(m.Entries[:], entries)
-	n, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(c.fd), kvmSetMSRs, uintptr(unsafe.Pointer(m)))
-	if e != 0 {
-		return fmt.Errorf("KVM_SET_MSRS: %w", e)
+	n, err := ioctlPtrN(c.fd, kvmSetMSRs, unsafe.Pointer(m))
+	if err != nil {
+		return opErr("KVM_SET_MSRS", err)
 	}
-	if int(n) != len(entries) {
+	if n != len(entries) {
 		return fmt.Errorf("KVM_SET_MSRS: register %#x refused", entries[n].Index)
 	}
 	return nil

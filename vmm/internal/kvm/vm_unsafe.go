@@ -24,12 +24,19 @@ var (
 	_ [0x138]byte = [unsafe.Sizeof(Sregs{})]byte{}
 )
 
+// ioctl repeats a call that a signal interrupted, which the runtime's own
+// preemption signals do: KVM_CREATE_VM for one gives up then.
 func ioctl(fd int, req, arg uintptr) (int, error) {
-	n, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, arg)
-	if e != 0 {
+	for {
+		n, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, arg)
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		}
 		return 0, e
 	}
-	return int(n), nil
 }
 
 func ioctlErr(fd int, req, arg uintptr) error {
@@ -37,14 +44,24 @@ func ioctlErr(fd int, req, arg uintptr) error {
 	return err
 }
 
-// ioctlPtr passes p to the kernel. The conversion stands in the call itself:
+// ioctlPtr is ioctl with a pointer. The conversion stands in the call itself:
 // there the compiler keeps the value where it is until the call returns.
 func ioctlPtr(fd int, req uintptr, p unsafe.Pointer) error {
-	_, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(p))
-	if e != 0 {
-		return e
+	_, err := ioctlPtrN(fd, req, p)
+	return err
+}
+
+func ioctlPtrN(fd int, req uintptr, p unsafe.Pointer) (int, error) {
+	for {
+		n, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), req, uintptr(p))
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+			continue
+		}
+		return 0, e
 	}
-	return nil
 }
 
 // SupportedCPUID returns what KVM can show a guest of this processor.
