@@ -61,6 +61,9 @@ type Config struct {
 	// guest does not turn the write cache on itself. Without it the guest
 	// starts with the cache on and flushes.
 	WriteThrough bool
+	// ByteRate bounds the bytes per second that the guest reads, writes and
+	// zeroes, and OpRate its requests of any kind, over all queues together.
+	ByteRate, OpRate Rate
 	// NoDiscard keeps the guest from giving up space of the disk: it is offered
 	// no discards, and ranges it zeroes stay allocated.
 	NoDiscard bool
@@ -90,6 +93,8 @@ type Device struct {
 	serial   [MaxSerial]byte
 	log      *slog.Logger
 	limit    virtio.LogLimit
+
+	rates rates
 
 	negotiated uint64 // features; written only while there are no workers
 
@@ -136,6 +141,7 @@ func New(cfg Config) (*Device, error) {
 	} else {
 		d.initRanges()
 	}
+	d.rates.init(cfg.ByteRate, cfg.OpRate)
 	d.initSpace()
 	d.Negotiated(0)
 	return d, nil

@@ -79,6 +79,7 @@ func (w *worker) writeZeroes(c *virtio.Chain, room uint64) (code byte) {
 		return code
 	}
 	for _, r := range ranges {
+		w.dev.rates.spend(0, r.bytes)
 		if err := w.dev.zeroRange(r); err != nil {
 			w.dev.diskFailed("write zeroes", r.sector, err)
 			return statusIOErr

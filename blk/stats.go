@@ -19,6 +19,7 @@ type QueueStats struct {
 	// answered. RangeTime is of discards and zero writes.
 	ReadTime, WriteTime, FlushTime, RangeTime Histogram
 
+	Throttled    uint64 // waits because Config's rates were used up
 	Errors       uint64 // requests answered with IOERR
 	Unsupported  uint64 // requests answered with UNSUPP
 	Unanswerable uint64 // without header or status byte (B10)
@@ -29,7 +30,7 @@ type QueueStats struct {
 type counters struct {
 	reads, writes, flushes, discards, zeroWrites, others atomic.Uint64
 	bytesRead, bytesWritten, bytesDiscarded, bytesZeroed atomic.Uint64
-	errors, unsupported, unanswerable                    atomic.Uint64
+	throttled, errors, unsupported, unanswerable         atomic.Uint64
 	readTime, writeTime, flushTime, rangeTime            histogram
 }
 
@@ -54,6 +55,7 @@ func (d *Device) Stats() []QueueStats {
 			WriteTime:      c.writeTime.load(),
 			FlushTime:      c.flushTime.load(),
 			RangeTime:      c.rangeTime.load(),
+			Throttled:      c.throttled.Load(),
 			Errors:         c.errors.Load(),
 			Unsupported:    c.unsupported.Load(),
 			Unanswerable:   c.unanswerable.Load(),

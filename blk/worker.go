@@ -33,7 +33,7 @@ const (
 )
 
 // worker serves one queue from StartQueue to StopQueue, in a goroutine of its
-// own that alone uses all fields but stopping and done.
+// own that alone uses all fields but stopping, quit and done.
 type worker struct {
 	dev   *Device
 	disk  Disk
@@ -45,7 +45,10 @@ type worker struct {
 	head   [headerSize]byte
 	ranges [maxSegments]byteRange // of the request being served
 
+	timer *time.Timer // of pace
+
 	stopping atomic.Bool
+	quit     chan struct{} // closed when stopping becomes true
 	done     chan struct{} // closed when the worker has ended
 }
 
@@ -56,13 +59,23 @@ func newWorker(d *Device, q *queue, vq *virtio.Queue) *worker {
 		count: &q.counters,
 		vq:    vq,
 		base:  vq.Stats(),
+		timer: stoppedTimer(),
+		quit:  make(chan struct{}),
 		done:  make(chan struct{}),
 	}
 }
 
+func stoppedTimer() *time.Timer {
+	t := time.NewTimer(maxDebt)
+	t.Stop()
+	return t
+}
+
 // stop makes the worker end after the request it is at. It does not wait.
 func (w *worker) stop() {
-	w.stopping.Store(true)
+	if !w.stopping.Swap(true) {
+		close(w.quit)
+	}
 	w.vq.Kick()
 }
 
@@ -88,11 +101,29 @@ func (w *worker) drain() {
 			if w.stopping.Load() {
 				return
 			}
-			runtime.Gosched()
+			w.pace()
 		}
 		if w.stopping.Load() || !w.vq.Rearm() {
 			return
 		}
+	}
+}
+
+// pace lets others run, and if the disk's rates are used up, for so long that
+// they are not, or until the worker is stopped. No request is in hand meanwhile:
+// what is waiting is still in the ring, so a stop loses nothing.
+func (w *worker) pace() {
+	wait := w.dev.rates.wait()
+	if wait == 0 {
+		runtime.Gosched()
+		return
+	}
+	w.count.throttled.Add(1)
+	w.timer.Reset(wait)
+	select {
+	case <-w.timer.C:
+	case <-w.quit:
+		w.timer.Stop()
 	}
 }
 
@@ -102,9 +133,14 @@ func (w *worker) batch() (more bool) {
 	begin := time.Now()
 	before := begin
 	for range maxBatch {
+		if w.dev.rates.overdrawn() {
+			more = true // perhaps; pace comes first
+			break
+		}
 		if more = w.vq.Pop(&w.chain); !more {
 			break
 		}
+		w.dev.rates.spend(1, 0)
 		n, took := w.serve(&w.chain)
 		w.vq.Push(&w.chain, n)
 		now := time.Now()
@@ -185,6 +221,7 @@ func (w *worker) read(c *virtio.Chain, sector, room uint64) (code byte, filled u
 	if room == 0 {
 		return statusOK, 0 // B2
 	}
+	w.dev.rates.spend(0, room)
 	if err := w.disk.ReadvAt(c.Writable, int64(sector*SectorSize)); err != nil {
 		w.dev.diskFailed("read", sector, err)
 		return statusIOErr, 0
@@ -203,6 +240,7 @@ func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
 	if n == 0 {
 		return statusOK // B2
 	}
+	w.dev.rates.spend(0, n)
 	if err := w.disk.WritevAt(c.Readable, int64(sector*SectorSize)); err != nil {
 		w.dev.diskFailed("write", sector, err)
 		return statusIOErr
