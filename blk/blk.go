@@ -85,8 +85,8 @@ var ErrConfig = errors.New("blk: impossible configuration")
 type Device struct {
 	cfg      Config
 	features uint64
-	capacity uint64    // sectors
-	discard  Discarder // nil if discards are not offered
+	capacity atomic.Uint64 // sectors; written by Resize, read by the workers
+	discard  Discarder     // nil if discards are not offered
 	zero     ZeroWriter
 	punch    bool // a WRITE_ZEROES may deallocate (B8)
 	space    [configSize]byte
@@ -127,11 +127,11 @@ func New(cfg Config) (*Device, error) {
 	}
 	d := &Device{
 		cfg:      cfg,
-		capacity: uint64(cfg.Disk.Size()) / SectorSize,
 		log:      cfg.Logger,
 		queues:   make([]queue, cfg.Queues),
 		features: 1<<featureSegMax | 1<<featureBlkSize | 1<<featureFlush | 1<<featureConfigWCE,
 	}
+	d.setSize(cfg.Disk.Size())
 	copy(d.serial[:], cfg.Serial)
 	if cfg.Queues > 1 {
 		d.features |= 1 << featureMQ
@@ -178,6 +178,26 @@ func (c *Config) fillIn() error {
 	}
 	return nil
 }
+
+// Resize makes the device as large as size, in bytes, which is a multiple of the
+// block size and at most the size of the disk: a disk grows before its device
+// does, and shrinks after. Requests beyond the end fail from then on, but those
+// under way may still reach the disk.
+//
+// It changes the configuration space, so a transport has to be told: with
+// virtio/pci it is called in Transport.UpdateConfig.
+func (d *Device) Resize(size int64) error {
+	switch {
+	case size < 0 || size%int64(d.cfg.BlockSize) != 0:
+		return fmt.Errorf("%w: disk %s cannot have %d bytes, which is no multiple of its block size %d", ErrConfig, d.cfg.Name, size, d.cfg.BlockSize)
+	case size > d.cfg.Disk.Size():
+		return fmt.Errorf("%w: disk %s cannot have %d bytes, its image has %d", ErrConfig, d.cfg.Name, size, d.cfg.Disk.Size())
+	}
+	d.setSize(size)
+	return nil
+}
+
+func (d *Device) setSize(size int64) { d.capacity.Store(uint64(size / SectorSize)) } //nolint:gosec // G115: not negative
 
 // DeviceID implements virtio.Device.
 func (d *Device) DeviceID() uint16 { return deviceID }

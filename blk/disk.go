@@ -1,6 +1,6 @@
 package blk
 
-// Disk is what a block device serves: a fixed number of bytes that can be read,
+// Disk is what a block device serves: a number of bytes that can be read,
 // written and made durable. *qcow2.Image and *Raw are disks; another one only
 // has to pass blktest.
 //
@@ -21,7 +21,8 @@ type Disk interface {
 	// Flush returns when every write that completed before it was called is
 	// on stable storage. A failed flush stays failed.
 	Flush() error
-	// Size is the length of the disk in bytes.
+	// Size is the length of the disk in bytes. It changes only at the bidding
+	// of whoever owns the disk; see Device.Resize.
 	Size() int64
 	// ReadOnly reports whether WritevAt fails whatever it is given.
 	ReadOnly() bool

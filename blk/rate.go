@@ -60,7 +60,7 @@ func (b *bucket) worth(n uint64) time.Duration {
 	if rest > 0 {
 		ns++
 	}
-	return time.Duration(min(ns, uint64(maxDebt))) //nolint:gosec // G115: at most maxDebt
+	return time.Duration(min(ns, uint64(maxDebt)))
 }
 
 // take takes n out of the bucket, at the time now.

@@ -31,8 +31,10 @@ type Raw struct {
 	path     string
 	fd       int
 	readOnly bool
-	length   int64 // of the file, in bytes, when it was opened
-	size     int64 // length rounded up to sectors
+
+	// Both in bytes, written by Grow alone.
+	length atomic.Int64 // of the file, when it was opened or last grown
+	size   atomic.Int64 // length rounded up to sectors
 
 	device      bool  // it is a block device
 	align       int64 // what its ranges are aligned to: 1, or a device's block
@@ -99,8 +101,8 @@ func (r *Raw) prepare() error {
 	if err != nil {
 		return fmt.Errorf("find its length: %w", err)
 	}
-	r.length = end
-	r.size = (end + SectorSize - 1) &^ (SectorSize - 1)
+	r.length.Store(end)
+	r.size.Store((end + SectorSize - 1) &^ (SectorSize - 1))
 	return r.measureRanges(&st)
 }
 
@@ -108,7 +110,32 @@ func (r *Raw) prepare() error {
 func (r *Raw) Close() error { return unix.Close(r.fd) }
 
 // Size implements Disk.
-func (r *Raw) Size() int64 { return r.size }
+func (r *Raw) Size() int64 { return r.size.Load() }
+
+// Grow makes the disk size bytes long, a multiple of SectorSize; what is new
+// reads as zero. It is safe beside all methods but itself and Close. A block
+// device must already be that long.
+func (r *Raw) Grow(size int64) error {
+	switch {
+	case r.readOnly:
+		return fmt.Errorf("grow %s: %w", r.path, unix.EROFS)
+	case size%SectorSize != 0:
+		return fmt.Errorf("grow %s: %d bytes are no whole number of sectors", r.path, size)
+	case size < r.size.Load():
+		return fmt.Errorf("grow %s: %d bytes are less than the %d it has", r.path, size, r.size.Load())
+	}
+	if r.device {
+		end, err := unix.Seek(r.fd, 0, unix.SEEK_END)
+		if err != nil || end < size {
+			return fmt.Errorf("grow %s to %d bytes: the device has %d: %w", r.path, size, end, errors.Join(err, ErrBounds))
+		}
+	} else if err := retry(func() error { return unix.Ftruncate(r.fd, size) }); err != nil {
+		return fmt.Errorf("grow %s to %d bytes: %w", r.path, size, err)
+	}
+	r.length.Store(size) // before size: what lies between reads from the file
+	r.size.Store(size)
+	return nil
+}
 
 // ReadOnly implements Disk.
 func (r *Raw) ReadOnly() bool { return r.readOnly }
@@ -143,7 +170,7 @@ func (r *Raw) Flush() error {
 // transfer moves all of iov from or to the file at off with the given system
 // call, going on after a short transfer (B3).
 func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
-	if !inRange(iov, off, r.size) {
+	if !inRange(iov, off, r.size.Load()) {
 		return ErrBounds
 	}
 	v := vectors.Get().(*vector)
@@ -159,7 +186,7 @@ func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
 			case n > 0:
 				v.advance(n)
 				off += int64(n)
-			case call == unix.SYS_PREADV && off >= r.length:
+			case call == unix.SYS_PREADV && off >= r.length.Load():
 				// The end of the last sector of a file that lacks it. What
 				// follows is zero up to the size, within which off is.
 				v.zero()

@@ -147,10 +147,11 @@ func (r *Raw) blocks(off, n int64) (first, end int64) {
 
 // checkRange is the error for a range that may not be changed, or nil.
 func (r *Raw) checkRange(op string, off, n int64) error {
+	size := r.size.Load()
 	switch {
 	case r.readOnly:
 		return fmt.Errorf("%s %s: %w", op, r.path, unix.EROFS)
-	case off < 0 || n < 0 || off > r.size || n > r.size-off:
+	case off < 0 || n < 0 || off > size || n > size-off:
 		return ErrBounds
 	}
 	return nil

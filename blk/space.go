@@ -26,10 +26,10 @@ const (
 	configSize = 0x60
 )
 
-// initSpace fills in the fields of the features offered. The others are zero.
+// initSpace fills in the fields of the features offered that never change. The
+// others are zero.
 func (d *Device) initSpace() {
 	le := binary.LittleEndian
-	le.PutUint64(d.space[cfgCapacity:], d.capacity)
 	// A request has a header and a status beside its segments.
 	le.PutUint32(d.space[cfgSegMax:], uint32(d.cfg.QueueSize)-2)
 	le.PutUint32(d.space[cfgBlkSize:], d.cfg.BlockSize)
@@ -68,6 +68,7 @@ func (d *Device) initTopology(physical, minIO, optimal int64) {
 // ReadConfig implements virtio.Device.
 func (d *Device) ReadConfig(off uint64, p []byte) {
 	space := d.space
+	binary.LittleEndian.PutUint64(space[cfgCapacity:], d.capacity.Load())
 	if !d.writeThrough.Load() {
 		space[cfgWriteback] = 1
 	}

@@ -280,6 +280,6 @@ func (w *worker) getID(c *virtio.Chain, room uint64) (code byte, filled uint64) 
 // inBounds reports whether n bytes from sector are whole blocks on the disk. It
 // cannot overflow (B1).
 func (d *Device) inBounds(sector, n uint64) bool {
-	sectors := n / SectorSize
-	return n%uint64(d.cfg.BlockSize) == 0 && sector <= d.capacity && sectors <= d.capacity-sector
+	sectors, capacity := n/SectorSize, d.capacity.Load()
+	return n%uint64(d.cfg.BlockSize) == 0 && sector <= capacity && sectors <= capacity-sector
 }

@@ -73,7 +73,8 @@ func (t *Transport) readBARLocked(off uint64, p []byte) {
 		if in+n > deviceLen {
 			return
 		}
-		if t.configDirty.Swap(false) {
+		if t.configDirty {
+			t.configDirty = false
 			t.regs.generation++ // P11
 		}
 		t.dev.ReadConfig(in, p)

@@ -100,13 +100,14 @@ type Transport struct {
 	configVector atomic.Uint32
 	needsReset   atomic.Bool // DEVICE_NEEDS_RESET, which is ours alone to set (P20)
 	driverOK     atomic.Bool // the driver may be notified
-	configDirty  atomic.Bool // the device configuration has changed (P11)
 
 	mu     sync.Mutex
 	cfg    configSpace // guarded by mu, as is all below
 	mapped guest.GPA   // where the BAR is mapped, or 0
 	regs   registers
 	queues []queueState // the slice itself is constant
+
+	configDirty bool // the device configuration has changed since it was read (P11)
 
 	resetting bool       // a reset waits for the device to be quiet
 	quiet     *sync.Cond // on mu: resetting has become false
@@ -256,11 +257,20 @@ func (t *Transport) AssignBAR(i int, addr guest.GPA) error {
 	return nil
 }
 
-// ConfigChanged tells the driver that the device configuration has changed. The
-// device calls it after the change.
-func (t *Transport) ConfigChanged() {
-	t.configDirty.Store(true)
+// UpdateConfig calls change, which changes the configuration space of the
+// device, and tells the driver (B14). A driver that reads while that happens sees
+// the old or the new configuration, or that it must read again (P11). An error of
+// change is returned, and means that nothing has changed. change must not call
+// the transport.
+func (t *Transport) UpdateConfig(change func() error) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if err := change(); err != nil {
+		return err
+	}
+	t.configDirty = true
 	t.notifyConfig()
+	return nil
 }
 
 // Reset returns the function to its state at power-on, except that its BAR

@@ -882,7 +882,7 @@ func TestMSIX(t *testing.T) {
 		r.Set(vt.ConfigVector, 2, 0xffff)
 		r.submit(r.Rings[0], 4)
 		r.collect(r.Rings[0], 4)
-		r.f.ConfigChanged()
+		r.update(0)
 		if r.m.Line(lineBase).Count()+r.m.Line(lineBase+1).Count() != 0 {
 			t.Error("an interrupt without a vector")
 		}
@@ -977,7 +977,7 @@ func TestMSIX(t *testing.T) {
 		r.submit(ring, 1)
 		r.collect(ring, 1)
 		r.eventually("ISR bit", func() bool { return r.m.Read(isr, 1) == 1 })
-		r.f.ConfigChanged()
+		r.update(0)
 		if got := r.m.Read(isr, 1); got != 2 {
 			t.Errorf("ISR reads %d, want 2", got)
 		}
@@ -1016,7 +1016,7 @@ func TestDeviceConfig(t *testing.T) {
 		r.DeviceConfig(0, 4)
 		r.want("generation without a change", vt.Generation, 1, gen)
 		for range 256 { // never back to gen unseen
-			r.f.ConfigChanged()
+			r.update(0)
 		}
 		r.DeviceConfig(0, 4)
 		if got := r.Get(vt.Generation, 1); got == gen {
@@ -1026,11 +1026,62 @@ func TestDeviceConfig(t *testing.T) {
 	t.Run("B14 configuration interrupt", func(t *testing.T) {
 		r.start(all)
 		before := r.m.Line(lineBase).Count()
-		r.f.ConfigChanged()
+		r.update(0)
 		if got := r.m.Line(lineBase).Count() - before; got != 1 {
 			t.Errorf("%d interrupts, want 1", got)
 		}
+		gen := r.Get(vt.Generation, 1)
+		want := errors.New("no")
+		if err := r.f.UpdateConfig(func() error { return want }); !errors.Is(err, want) {
+			t.Errorf("got %v, want the error of the change", err)
+		}
+		r.DeviceConfig(0, 4)
+		r.want("generation without a change", vt.Generation, 1, gen+1)
+		if got := r.m.Line(lineBase).Count() - before; got != 1 {
+			t.Errorf("%d interrupts, want no second one", got)
+		}
+		if err := r.Reset(); err != nil {
+			t.Fatal(err)
+		}
+		r.update(0)
+		if got := r.m.Line(lineBase).Count() - before; got != 1 {
+			t.Errorf("%d interrupts, want none without a driver", got)
+		}
 	})
+	t.Run("P11 never half of a change", func(t *testing.T) {
+		r.start(all)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			for i := range 2000 {
+				r.update(byte(i))
+			}
+		})
+		reads := 0
+		for done := false; !done; reads++ {
+			gen := r.Get(vt.Generation, 1)
+			lo, hi := r.DeviceConfig(0, 4), r.DeviceConfig(4, 4)
+			if r.Get(vt.Generation, 1) == gen && lo != hi {
+				t.Fatalf("read %#x and %#x of one configuration", lo, hi)
+			}
+			done = lo == 0xcfcfcfcf && hi == lo // of the last update
+		}
+		wg.Wait()
+		t.Logf("%d reads", reads)
+	})
+}
+
+// update sets every byte of the device configuration to v.
+func (r *rig) update(v byte) {
+	r.t.Helper()
+	err := r.f.UpdateConfig(func() error {
+		for i := range r.dev.space {
+			r.dev.space[i] = v
+		}
+		return nil
+	})
+	if err != nil {
+		r.t.Error(err)
+	}
 }
 
 func TestBAR(t *testing.T) {
@@ -1266,7 +1317,7 @@ func TestClose(t *testing.T) {
 		r.f.ReadMMIO(off, p[:1])
 	}
 	r.SetConfig(4, 2, 2)
-	r.f.ConfigChanged()
+	r.update(0)
 	if err := r.f.Close(); err != nil {
 		t.Error(err)
 	}
