@@ -55,6 +55,9 @@ func (v *msixVector) trigger() {
 	}
 }
 
+// forget drops an interrupt that waits for an unmask.
+func (v *msixVector) forget() { v.state.And(^uint32(vectorPending)) }
+
 // msix is the MSI-X capability, table and pending bits of a function (PCI Local
 // Bus 3.0, section 6.8.2). The owner's lock guards everything but trigger.
 type msix struct {
@@ -109,7 +112,7 @@ func (m *msix) trigger(i uint16) {
 // clearPending forgets the interrupts that wait for an unmask.
 func (m *msix) clearPending() {
 	for i := range m.vectors {
-		m.vectors[i].state.And(^uint32(vectorPending))
+		m.vectors[i].forget()
 	}
 }
 

@@ -112,6 +112,22 @@ func (t *Transport) clearLocked() {
 	}
 }
 
+// forgetInterruptLocked drops an interrupt of s that a mask has held back: the
+// driver must not see it after the reset of the queue (V15). Where another queue
+// or the configuration shares the vector, the interrupt may be theirs, and stays.
+func (t *Transport) forgetInterruptLocked(s *queueState) {
+	v := s.vector.Load()
+	if v == noVector || v == t.configVector.Load() {
+		return
+	}
+	for i := range t.queues {
+		if other := &t.queues[i]; other != s && other.vector.Load() == v {
+			return
+		}
+	}
+	t.msix.vectors[v].forget()
+}
+
 func (t *Transport) clearQueueLocked(s *queueState) {
 	s.size = t.maxSize
 	s.desc, s.driver, s.device = 0, 0, 0
@@ -137,6 +153,7 @@ func (t *Transport) resetQueueLocked(i int) {
 		t.dev.StopQueue(i)
 		t.mu.Lock()
 		defer t.mu.Unlock()
+		t.forgetInterruptLocked(s)
 		t.clearQueueLocked(s)
 	})
 }

@@ -696,6 +696,37 @@ func TestRingReset(t *testing.T) {
 		r.eventually("reset", func() bool { return r.Get(vt.Status, 1) == 0 })
 		r.want("queue_reset", vt.QueueReset, 2, 0)
 	})
+	for _, c := range []struct {
+		name   string
+		share  guest.GPA // register that gets the queue's vector too, or 0
+		forgot bool
+	}{
+		{"V15 a masked interrupt is forgotten", 0, true},
+		{"V15 unless another queue shares the vector", vt.QueueVector, false},
+		{"V15 unless the configuration shares the vector", vt.ConfigVector, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, &echo{n: 2})
+			r.start(all)
+			if c.share != 0 {
+				r.Set(vt.QueueSelect, 2, 0)
+				r.Set(c.share, 2, 2)
+			}
+			r.Mask(2, true)
+			r.submit(r.Rings[1], 1)
+			r.eventually("pending", func() bool { return r.Pending(2) })
+			r.Set(vt.QueueSelect, 2, 1)
+			r.Set(vt.QueueReset, 2, 1)
+			r.eventually("queue reset", func() bool { return r.Get(vt.QueueReset, 2) == 0 })
+			if r.Pending(2) == c.forgot {
+				t.Errorf("pending bit %v after the reset", r.Pending(2))
+			}
+			r.Mask(2, false)
+			if came := r.m.Line(lineBase+2).Count() != 0; came == c.forgot {
+				t.Errorf("interrupt after the unmask: %v", came)
+			}
+		})
+	}
 	t.Run("V15 before DRIVER_OK", func(t *testing.T) {
 		r := newRig(t, &echo{n: 1})
 		if err := r.Negotiate(all); err != nil {
