@@ -44,7 +44,8 @@ func newBench(tb testing.TB, disk blk.Disk, kind uint32, size, n int) *bench {
 func newBenchOn(tb testing.TB, dev *blk.Device, queue int, kind uint32, size, n int) *bench {
 	tb.Helper()
 	const features = 1<<virtio.FeatureIndirectDesc | 1<<virtio.FeatureEventIdx | 1<<fFlush | 1<<fDiscard | 1<<fWriteZeroes
-	if err := dev.Start(features); err != nil {
+	dev.Negotiated(features)
+	if err := dev.Start(); err != nil {
 		tb.Fatal(err)
 	}
 	m := vt.NewMachineOf(4 << 20)
@@ -154,7 +155,8 @@ func FuzzRequest(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := dev.Start(features); err != nil {
+		dev.Negotiated(features)
+		if err := dev.Start(); err != nil {
 			t.Fatal(err)
 		}
 		clear(m.Bytes(ringArea[0], 8192))

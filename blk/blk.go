@@ -67,6 +67,12 @@ type Config struct {
 	// NoDiscard keeps the guest from giving up space of the disk: it is offered
 	// no discards, and ranges it zeroes stay allocated.
 	NoDiscard bool
+	// OnError says what becomes of a request for which the disk fails.
+	OnError ErrorPolicy
+	// Stopped, if it is set, is called with the disk's error whenever ErrorStop
+	// has stopped the device, by a goroutine that must not be blocked and must
+	// not stop queues.
+	Stopped func(err error)
 	// Serial is what the guest reads as the serial number, at most MaxSerial
 	// bytes.
 	Serial string
@@ -77,11 +83,23 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+// ErrorPolicy is what a device does when its disk fails. Either way the error is
+// logged.
+type ErrorPolicy int
+
+const (
+	// ErrorReport answers the request with an I/O error. The guest decides.
+	ErrorReport ErrorPolicy = iota
+	// ErrorStop answers neither that request nor any other until Resume. The
+	// guest waits, and knows of nothing if the cause is gone by then.
+	ErrorStop
+)
+
 // ErrConfig is what every error of New wraps.
 var ErrConfig = errors.New("blk: impossible configuration")
 
 // Device is a virtio block device. It is a virtio.Device; a transport drives
-// it. Stats is safe for concurrent use with all else.
+// it. Stats and Resume are safe for concurrent use with all else.
 type Device struct {
 	cfg      Config
 	features uint64
@@ -95,6 +113,8 @@ type Device struct {
 	limit    virtio.LogLimit
 
 	rates rates
+
+	halted atomic.Bool // by ErrorStop; read by the workers before each request
 
 	negotiated uint64 // features; written only while there are no workers
 
@@ -114,10 +134,7 @@ type queue struct {
 	past   virtio.QueueStats // guarded by mu; of workers that have ended
 }
 
-var (
-	_ virtio.Device     = (*Device)(nil)
-	_ virtio.Negotiator = (*Device)(nil)
-)
+var _ virtio.Device = (*Device)(nil)
 
 // New returns a device that serves cfg.Disk. The disk stays the caller's, who
 // closes it when the device's transport is closed.
@@ -171,6 +188,8 @@ func (c *Config) fillIn() error {
 		return fmt.Errorf("%w: queue size %d; it is a power of 2 from %d to %d", ErrConfig, c.QueueSize, minQueueSize, virtio.MaxQueueSize)
 	case c.BlockSize < SectorSize || c.BlockSize > 64<<10 || bits.OnesCount32(c.BlockSize) != 1:
 		return fmt.Errorf("%w: block size %d; it is a power of 2 from 512 to 65536", ErrConfig, c.BlockSize)
+	case c.OnError != ErrorReport && c.OnError != ErrorStop:
+		return fmt.Errorf("%w: error policy %d; it is ErrorReport or ErrorStop", ErrConfig, c.OnError)
 	case len(c.Serial) > MaxSerial:
 		return fmt.Errorf("%w: serial number %q is longer than %d bytes", ErrConfig, c.Serial, MaxSerial)
 	case size < 0 || size%int64(c.BlockSize) != 0:
@@ -208,7 +227,7 @@ func (d *Device) Features() uint64 { return d.features }
 // Queues implements virtio.Device.
 func (d *Device) Queues() (n int, maxSize uint16) { return len(d.queues), d.cfg.QueueSize }
 
-// Negotiated implements virtio.Negotiator.
+// Negotiated implements virtio.Device.
 func (d *Device) Negotiated(features uint64) {
 	d.negotiated = features
 	// B11(i), B12: a driver that has not taken FLUSH never flushes.
@@ -216,12 +235,7 @@ func (d *Device) Negotiated(features uint64) {
 }
 
 // Start implements virtio.Device.
-func (d *Device) Start(features uint64) error {
-	if features != d.negotiated {
-		d.Negotiated(features) // the transport has not called it
-	}
-	return nil
-}
+func (d *Device) Start() error { return nil }
 
 // StartQueue implements virtio.Device.
 func (d *Device) StartQueue(i int, vq *virtio.Queue) {
@@ -266,9 +280,31 @@ func (d *Device) Stop() {
 	d.Negotiated(0)
 }
 
-// diskFailed logs an error of the disk, unless there have been too many.
-func (d *Device) diskFailed(op string, sector uint64, err error) {
-	if held, ok := d.limit.Allow(); ok {
-		d.log.Error("disk error", "disk", d.cfg.Name, "op", op, "sector", sector, "err", err, "held_back", held)
+// Resume lets a device go on that ErrorStop has stopped, beginning with the
+// requests that failed. If it is not stopped, nothing happens.
+func (d *Device) Resume() {
+	d.halted.Store(false)
+	for i := range d.queues {
+		q := &d.queues[i]
+		q.mu.Lock()
+		if q.worker != nil {
+			q.worker.vq.Kick()
+		}
+		q.mu.Unlock()
 	}
+}
+
+// diskFailed logs an error of the disk, unless there have been too many, and
+// returns what the request is to be answered with.
+func (d *Device) diskFailed(op string, sector uint64, err error) (code byte) {
+	if dropped, ok := d.limit.Allow(); ok {
+		d.log.Error("disk error", "disk", d.cfg.Name, "op", op, "sector", sector, "err", err, "held_back", dropped)
+	}
+	if d.cfg.OnError == ErrorReport {
+		return statusIOErr
+	}
+	if !d.halted.Swap(true) && d.cfg.Stopped != nil {
+		d.cfg.Stopped(fmt.Errorf("disk %s: %s at sector %d: %w", d.cfg.Name, op, sector, err))
+	}
+	return noStatus
 }

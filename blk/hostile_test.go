@@ -150,7 +150,8 @@ func TestPauseResume(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := dev.Start(features); err != nil {
+		dev.Negotiated(features)
+		if err := dev.Start(); err != nil {
 			t.Fatal(err)
 		}
 		req := (&rig{tb: t, m: m}).newRequest(tFlush, 0, 0)

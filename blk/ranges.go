@@ -63,8 +63,7 @@ func (w *worker) discard(c *virtio.Chain, room uint64) (code byte) {
 	ranges, code := w.takeRanges(c, room, featureDiscard, &discardLimits)
 	for _, r := range ranges {
 		if err := w.dev.discard.Discard(r.span()); err != nil {
-			w.dev.diskFailed("discard", r.sector, err)
-			return statusIOErr
+			return w.dev.diskFailed("discard", r.sector, err)
 		}
 		w.count.bytesDiscarded.Add(r.bytes)
 	}
@@ -81,8 +80,7 @@ func (w *worker) writeZeroes(c *virtio.Chain, room uint64) (code byte) {
 	for _, r := range ranges {
 		w.dev.rates.spend(0, r.bytes)
 		if err := w.dev.zeroRange(r); err != nil {
-			w.dev.diskFailed("write zeroes", r.sector, err)
-			return statusIOErr
+			return w.dev.diskFailed("write zeroes", r.sector, err)
 		}
 		w.count.bytesZeroed.Add(r.bytes)
 	}

@@ -115,7 +115,8 @@ func TestRatePause(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := dev.Start(0); err != nil {
+	dev.Negotiated(0)
+	if err := dev.Start(); err != nil {
 		t.Fatal(err)
 	}
 	req := (&rig{tb: t, m: m}).newRequest(tFlush, 0, 0)

@@ -10,7 +10,8 @@ import (
 type QueueStats struct {
 	virtio.QueueStats
 
-	// Requests, by type.
+	// Requests, by type. One that is served again after Device.Resume counts
+	// again.
 	Reads, Writes, Flushes, Discards, ZeroWrites, Others uint64
 	// Bytes of requests that succeeded.
 	BytesRead, BytesWritten, BytesDiscarded, BytesZeroed uint64

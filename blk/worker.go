@@ -22,6 +22,10 @@ const (
 	statusIOErr  = 1 // VIRTIO_BLK_S_IOERR
 	statusUnsupp = 2 // VIRTIO_BLK_S_UNSUPP
 
+	// noStatus stands for a status where there must be none, because the
+	// request is going to be served again (ErrorStop).
+	noStatus = 0xff
+
 	headerSize = 16
 )
 
@@ -96,18 +100,18 @@ func (w *worker) run() {
 // guest that keeps it full keeps this goroutine busy but nothing else: after
 // every batch the worker looks for a stop and offers its thread to others.
 func (w *worker) drain() {
-	for {
-		for w.batch() {
-			if w.stopping.Load() {
-				return
-			}
+	for !w.resting() {
+		if w.batch() {
 			w.pace()
-		}
-		if w.stopping.Load() || !w.vq.Rearm() {
+		} else if w.resting() || !w.vq.Rearm() {
 			return
 		}
 	}
 }
+
+// resting reports whether the worker is to leave the queue alone, for good or
+// until it is kicked.
+func (w *worker) resting() bool { return w.stopping.Load() || w.dev.halted.Load() }
 
 // pace lets others run, and if the disk's rates are used up, for so long that
 // they are not, or until the worker is stopped. No request is in hand meanwhile:
@@ -141,13 +145,17 @@ func (w *worker) batch() (more bool) {
 			break
 		}
 		w.dev.rates.spend(1, 0)
-		n, took := w.serve(&w.chain)
+		n, took, ok := w.serve(&w.chain)
+		if !ok {
+			w.vq.Unpop(&w.chain)
+			break
+		}
 		w.vq.Push(&w.chain, n)
 		now := time.Now()
 		if took != nil {
 			took.add(now.Sub(before))
 		}
-		if w.stopping.Load() || now.Sub(begin) > maxBatchTime {
+		if w.resting() || now.Sub(begin) > maxBatchTime {
 			break
 		}
 		before = now
@@ -159,14 +167,15 @@ func (w *worker) batch() (more bool) {
 // serve carries out the request in c and returns how many bytes of it were
 // written without a gap from the first writable one (V7): the data and the
 // status if the data is complete, else nothing unless the status stands alone.
-// took counts how long such requests take, and may be nil.
-func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram) {
+// took counts how long such requests take, and may be nil. If ok is false, the
+// request has no answer and is to be served again.
+func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram, ok bool) {
 	// V18: the header is read once, here.
 	hasHeader := c.TakeReadable(w.head[:])
 	status := c.TakeStatus()
 	if !hasHeader || status == nil {
 		w.count.unanswerable.Add(1)
-		return 0, nil // B10: there is no way to answer
+		return 0, nil, true // B10: there is no way to answer
 	}
 	room := virtio.Len(c.Writable)
 	var code byte
@@ -201,6 +210,8 @@ func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram) {
 		code = statusUnsupp // B4
 	}
 	switch code {
+	case noStatus:
+		return 0, nil, false
 	case statusIOErr:
 		w.count.errors.Add(1)
 	case statusUnsupp:
@@ -210,7 +221,7 @@ func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram) {
 	if filled == room {
 		filled++ // the status byte follows without a gap
 	}
-	return uint32(filled), took
+	return uint32(filled), took, true
 }
 
 // read carries out an IN request for room bytes.
@@ -223,8 +234,7 @@ func (w *worker) read(c *virtio.Chain, sector, room uint64) (code byte, filled u
 	}
 	w.dev.rates.spend(0, room)
 	if err := w.disk.ReadvAt(c.Writable, int64(sector*SectorSize)); err != nil {
-		w.dev.diskFailed("read", sector, err)
-		return statusIOErr, 0
+		return w.dev.diskFailed("read", sector, err), 0
 	}
 	w.count.bytesRead.Add(room)
 	return statusOK, room
@@ -242,8 +252,7 @@ func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
 	}
 	w.dev.rates.spend(0, n)
 	if err := w.disk.WritevAt(c.Readable, int64(sector*SectorSize)); err != nil {
-		w.dev.diskFailed("write", sector, err)
-		return statusIOErr
+		return w.dev.diskFailed("write", sector, err)
 	}
 	w.count.bytesWritten.Add(n)
 	return w.settle()
@@ -259,8 +268,7 @@ func (w *worker) settle() (code byte) {
 
 func (w *worker) flush() (code byte) {
 	if err := w.disk.Flush(); err != nil {
-		w.dev.diskFailed("flush", 0, err)
-		return statusIOErr
+		return w.dev.diskFailed("flush", 0, err)
 	}
 	return statusOK
 }

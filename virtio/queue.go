@@ -41,7 +41,8 @@ type QueueConfig struct {
 //		q.Publish()
 //	}
 //
-// Pop, Push, Publish and Rearm are for one goroutine at a time, Wait likewise.
+// Pop, Unpop, Push, Publish and Rearm are for one goroutine at a time, Wait
+// likewise.
 // Kick and Stats are safe from any.
 type Queue struct {
 	mem    *guest.Memory
@@ -214,6 +215,13 @@ func (q *Queue) claim(head uint16) bool {
 	}
 	*w |= bit
 	return true
+}
+
+// Unpop gives back c, the chain that was popped last and has not been pushed:
+// the next Pop returns it again, read anew from guest memory.
+func (q *Queue) Unpop(c *Chain) {
+	q.inFlight[c.head/64] &^= 1 << (c.head % 64)
+	q.lastAvail--
 }
 
 // Push completes c: n bytes were written to it, counted from its first writable

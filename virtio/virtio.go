@@ -35,14 +35,14 @@ const MaxQueueSize = 32768
 
 // Device is a virtio device as a transport drives it. The order of its life is
 //
-//	Start, {StartQueue, StopQueue} of each queue in any order, Stop
+//	Negotiated, Start, {StartQueue, StopQueue} of each queue in any order, Stop
 //
-// and then Start again or nothing. Between StartQueue and StopQueue (or Stop)
+// and then Negotiated again or nothing. Between StartQueue and StopQueue (or Stop)
 // the device owns the queue; outside it must touch neither the queue nor guest
 // memory. A transport pauses a queue by stopping it, and resumes it by starting
 // the same Queue again.
 //
-// A transport calls Start and Stop while it calls no other life-cycle method,
+// A transport calls Negotiated, Start and Stop while it calls no other life-cycle method,
 // and StartQueue and StopQueue of one queue one after the other; those of
 // different queues may overlap. It calls ReadConfig and WriteConfig one at a
 // time but at any time. The other methods are constant.
@@ -60,9 +60,13 @@ type Device interface {
 	// WriteConfig stores p to the device configuration space at off. What is
 	// not writable is left as it is.
 	WriteConfig(off uint64, p []byte)
-	// Start is called when the driver sets DRIVER_OK, with the negotiated
-	// feature mask. An error makes the device need a reset.
-	Start(features uint64) error
+	// Negotiated is called once driver and device agree on features, which is
+	// before Start and before the driver may rely on what ReadConfig tells it
+	// or write to the configuration space. Stop forgets them.
+	Negotiated(features uint64)
+	// Start is called when the driver sets DRIVER_OK. An error makes the
+	// device need a reset.
+	Start() error
 	// StartQueue hands queue i to the device, which serves it from now on. It
 	// does not block.
 	StartQueue(i int, q *Queue)
@@ -74,15 +78,6 @@ type Device interface {
 	// Stop stops every queue and forgets the negotiation. It may be called
 	// without Start.
 	Stop()
-}
-
-// Negotiator is a Device whose configuration space depends on the features. A
-// transport asks every Device whether it is one.
-type Negotiator interface {
-	// Negotiated is called once driver and device agree on features, that is
-	// before the driver may write to the configuration space, and before
-	// Start. Stop forgets them.
-	Negotiated(features uint64)
 }
 
 // QueueEvents is what a queue needs of the transport it belongs to. Its methods

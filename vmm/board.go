@@ -208,9 +208,9 @@ type bootMarker struct {
 	started func()
 }
 
-func (d bootMarker) Start(features uint64) error {
+func (d bootMarker) Start() error {
 	d.started()
-	return d.Device.Start(features)
+	return d.Device.Start()
 }
 
 // load puts the ACPI tables and the kernel into memory.

@@ -67,6 +67,7 @@ const (
 	vector   = 0x41 // of queue 0; the next queue has the next one
 
 	common = 0x0000
+	device = 0x4000
 	notify = 0x6000
 	msixAt = 0x8000
 )
@@ -132,6 +133,10 @@ func (d driver) start(msix uint32, nq uint32) {
 	d.Write8(c+0x14, 0xB)
 	d.Read8(c + 0x14)
 	d.Expect(0xB)
+	// B12: with FLUSH negotiated the write cache is on before DRIVER_OK, or the
+	// driver would never flush.
+	d.Read8(d.bar + device + 0x20)
+	d.Expect(1)
 	d.Read16(c + 0x12)
 	d.Expect(nq)
 	for q := range nq {

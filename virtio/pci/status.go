@@ -28,9 +28,7 @@ func (t *Transport) writeStatusLocked(v uint8) {
 	r.status |= v & (virtio.StatusAcknowledge | virtio.StatusDriver | virtio.StatusFailed)
 	if v&^r.status&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriver != 0 && t.acceptableLocked() {
 		r.status |= virtio.StatusFeaturesOK
-		if dev, ok := t.dev.(virtio.Negotiator); ok {
-			dev.Negotiated(r.driverFeatures)
-		}
+		t.dev.Negotiated(r.driverFeatures)
 	}
 	if v&virtio.StatusDriverOK != 0 && r.status&virtio.StatusFeaturesOK != 0 && r.status&virtio.StatusDriverOK == 0 {
 		r.status |= virtio.StatusDriverOK
@@ -47,7 +45,7 @@ func (t *Transport) acceptableLocked() bool {
 // startLocked brings the device to life: the driver has set DRIVER_OK.
 func (t *Transport) startLocked() {
 	t.driverOK.Store(true)
-	if err := t.dev.Start(t.regs.driverFeatures); err != nil {
+	if err := t.dev.Start(); err != nil {
 		t.damage(err)
 		return
 	}

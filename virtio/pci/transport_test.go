@@ -35,11 +35,12 @@ type echo struct {
 	fail  error         // of Start
 	space [8]byte
 
-	mu      sync.Mutex
-	served  int
-	agreed  []uint64 // features of every Negotiated
-	started []uint64 // features of every Start
-	running map[int]*worker
+	mu       sync.Mutex
+	served   int
+	agreed   []uint64 // features of every Negotiated
+	features uint64   // of the last Negotiated
+	started  []uint64 // features of every Start
+	running  map[int]*worker
 }
 
 type worker struct {
@@ -68,13 +69,14 @@ func (e *echo) WriteConfig(off uint64, p []byte) {
 func (e *echo) Negotiated(features uint64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	e.features = features
 	e.agreed = append(e.agreed, features)
 }
 
-func (e *echo) Start(features uint64) error {
+func (e *echo) Start() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.started = append(e.started, features)
+	e.started = append(e.started, e.features)
 	return e.fail
 }
 
