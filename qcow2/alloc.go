@@ -52,39 +52,45 @@ func appendExtent(list []extent, e extent) []extent {
 	return append(list, e)
 }
 
-// allocation is a run of guest clusters whose new host clusters are being
-// filled, outside the lock. Until it is published, reads see the old contents
-// and writes to the same guest clusters wait.
+// claim is a run of guest clusters [guest, guest+n) whose host clusters one
+// request changes outside the lock, in a way that others may not see half done.
+// Until it is over, writes to the same guest clusters wait.
+type claim struct {
+	guest, n uint64
+	done     chan struct{} // made by the first to wait, closed at the end
+}
+
+// allocation is a claim to guest clusters whose new host clusters are being
+// filled. Until it is published, reads see the old contents.
 type allocation struct {
-	guest  uint64 // first guest cluster
+	claim
 	host   extent
 	reused bool  // host clusters that the L2 entries reserve already
 	first  entry // what the first and the last guest cluster were
 	last   entry
 	slice  *slice
-	done   chan struct{} // made by the first to wait, closed at the end
 }
 
-func (a *allocation) end() uint64 { return a.guest + a.host.n }
+func (a *claim) end() uint64 { return a.guest + a.n }
 
 // wait returns the channel that is closed when a is over. Image.mu is held
 // exclusively.
-func (a *allocation) wait() <-chan struct{} {
+func (a *claim) wait() <-chan struct{} {
 	if a.done == nil {
 		a.done = make(chan struct{})
 	}
 	return a.done
 }
 
-// inflight holds the allocations under way, ascending and disjoint. It is
+// inflight holds the claims of requests under way, ascending and disjoint. It is
 // guarded by Image.mu.
 type inflight struct {
-	list []*allocation
+	list []*claim
 }
 
-// overlapping returns the first allocation that ends after guest cluster c, nil
-// if there is none.
-func (f *inflight) overlapping(c uint64) *allocation {
+// overlapping returns the first claim that ends after guest cluster c, nil if
+// there is none.
+func (f *inflight) overlapping(c uint64) *claim {
 	i := f.search(c)
 	if i == len(f.list) {
 		return nil
@@ -92,9 +98,9 @@ func (f *inflight) overlapping(c uint64) *allocation {
 	return f.list[i]
 }
 
-// search returns the index of the first allocation that ends after c.
+// search returns the index of the first claim that ends after c.
 func (f *inflight) search(c uint64) int {
-	i, _ := slices.BinarySearchFunc(f.list, c, func(a *allocation, c uint64) int {
+	i, _ := slices.BinarySearchFunc(f.list, c, func(a *claim, c uint64) int {
 		if a.end() <= c {
 			return -1
 		}
@@ -103,11 +109,11 @@ func (f *inflight) search(c uint64) int {
 	return i
 }
 
-func (f *inflight) add(a *allocation) {
+func (f *inflight) add(a *claim) {
 	f.list = slices.Insert(f.list, f.search(a.guest), a)
 }
 
-func (f *inflight) remove(a *allocation) {
+func (f *inflight) remove(a *claim) {
 	i := f.search(a.guest)
 	f.list = slices.Delete(f.list, i, i+1)
 	if a.done != nil {
@@ -117,8 +123,8 @@ func (f *inflight) remove(a *allocation) {
 
 // freeBatch is a set of host clusters that lost a reference, with the epoch in
 // which that happened at the latest. Once the removal of the pointers is durable
-// and the epoch is over, their counts are lowered, and those that reach zero
-// return to the pool.
+// and the epoch is over, their counts are lowered, and those that reach zero are
+// punched and return to the pool.
 type freeBatch struct {
 	epoch    uint64
 	clusters []uint64

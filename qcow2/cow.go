@@ -57,9 +57,15 @@ func (m *Image) readsZero(e entry, off int64) bool {
 	case kindZero, kindZeroAlloc:
 		return true
 	case kindUnallocated:
-		return m.backing == nil || off >= m.backing.Size()
+		return !m.showsBacking(off)
 	}
 	return off >= m.size
+}
+
+// showsBacking reports whether a cluster at guest offset off, or reaching there,
+// shows the backing file if it is not allocated.
+func (m *Image) showsBacking(off int64) bool {
+	return m.backing != nil && off < m.backing.Size()
 }
 
 // zeroBuffers returns buffers with n zero bytes.

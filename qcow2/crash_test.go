@@ -43,8 +43,22 @@ func readStamp(b []byte, lba uint64) (uint64, error) {
 
 // history is what was done to one sector.
 type history struct {
-	issued []struct{ pos, seq uint64 } // ascending: position in the log, sequence number
-	floors []struct{ pos, seq uint64 } // from pos on, the value is seq or later
+	issued []change // ascending
+	floors []change // from pos on, the value is that of this change or a later one
+}
+
+// change is a write to a sector, or its becoming zero.
+type change struct {
+	pos, seq uint64 // position in the log, sequence number
+	zero     bool
+}
+
+// value is what the sector's stamp says after the change.
+func (c change) value() uint64 {
+	if c.zero {
+		return 0
+	}
+	return c.seq
 }
 
 // crashRun records a workload on an image.
@@ -69,7 +83,7 @@ func crashImage(t testing.TB, opts CreateOptions, under []byte) *crashRun {
 		run.under = &rawBacking{file: &memFile{data: under}, size: int64(len(under))}
 		for i := range run.sectors {
 			if (i+1)*sector <= len(under) {
-				run.sectors[i].floors = append(run.sectors[i].floors, struct{ pos, seq uint64 }{0, 1})
+				run.sectors[i].floors = append(run.sectors[i].floors, change{seq: 1})
 			}
 		}
 	}
@@ -90,20 +104,20 @@ func (run *crashRun) open(t testing.TB, f *memFile, readOnly bool) *Image {
 // work writes and flushes as goroutine g of n, which owns every n-th sector, so
 // that all share clusters and none shares sectors.
 func (run *crashRun) work(t testing.TB, m *Image, r *rand.Rand, g, n, ops int) {
-	written := map[uint64]uint64{} // sector to sequence number
+	written := map[uint64]change{} // by sector
 	seq := run.past + 2
 	for range ops {
 		if r.IntN(6) == 0 {
-			before := map[uint64]uint64{}
+			before := map[uint64]change{}
 			maps.Copy(before, written)
 			if err := m.Flush(); err != nil {
 				t.Error(err)
 				return
 			}
 			pos := uint64(run.f.mark("flush"))
-			for lba, seq := range before {
-				h := &run.sectors[lba]
-				h.floors = append(h.floors, struct{ pos, seq uint64 }{pos, seq})
+			for lba, last := range before {
+				last.pos = pos
+				run.sectors[lba].floors = append(run.sectors[lba].floors, last)
 			}
 			continue
 		}
@@ -115,19 +129,38 @@ func (run *crashRun) work(t testing.TB, m *Image, r *rand.Rand, g, n, ops int) {
 		if r.IntN(3) == 0 {
 			lba = lba%(64*uint64(n))/uint64(n)*uint64(n) + uint64(g) // a hot spot
 		}
-		b := make([]byte, count*sector)
-		for i := range count {
-			stamp(b[i*sector:], lba+i, seq)
-			h := &run.sectors[lba+i]
-			h.issued = append(h.issued, struct{ pos, seq uint64 }{uint64(run.f.mark("write")), seq})
-			written[lba+i] = seq
+		off, size := int64(lba)*sector, int64(count)*sector
+		do := func() error { return writeStamps(m, lba, count, seq) }
+		how := r.IntN(12)
+		if how <= eraseDiscard {
+			do = func() error { return eraser(m, how)(off, size) }
 		}
-		if _, err := m.WriteAt(b, int64(lba)*sector); err != nil {
+		touched, n := off, size
+		if how == eraseDiscard {
+			touched, n = wholeClusters(m, off, size)
+		}
+		for ; n > 0; touched, n = touched+sector, n-sector {
+			c := change{pos: uint64(run.f.mark("change")), seq: seq, zero: how <= eraseDiscard}
+			h := &run.sectors[touched/sector]
+			h.issued = append(h.issued, c)
+			written[uint64(touched/sector)] = c
+		}
+		if err := do(); err != nil {
 			t.Error(err)
 			return
 		}
 		seq++
 	}
+}
+
+// writeStamps writes count sectors of change seq, from lba on.
+func writeStamps(m *Image, lba, count, seq uint64) error {
+	b := make([]byte, count*sector)
+	for i := range count {
+		stamp(b[i*sector:], lba+i, seq)
+	}
+	_, err := m.WriteAt(b, int64(lba)*sector)
+	return err
 }
 
 // state is the file as a power cut at log position cut may leave it.
@@ -225,21 +258,21 @@ func (run *crashRun) verify(t testing.TB, s state) error {
 
 // allows reports whether the sector may have the value of write seq after a cut.
 func (h *history) allows(cut, seq uint64) error {
-	floor := uint64(0)
+	var floor change
 	for _, f := range h.floors {
 		if f.pos < cut {
-			floor = f.seq
+			floor = f
 		}
 	}
-	if seq == floor {
+	if seq == floor.value() {
 		return nil
 	}
 	for _, w := range h.issued {
-		if w.seq == seq && w.pos < cut && seq > floor {
+		if w.value() == seq && w.pos < cut && w.seq > floor.seq {
 			return nil
 		}
 	}
-	return fmt.Errorf("has write %d where %d was flushed", seq, floor)
+	return fmt.Errorf("has write %d where %d was flushed", seq, floor.value())
 }
 
 func qemuCheck(t testing.TB, data []byte) (int, string) {
@@ -271,6 +304,8 @@ func (run *crashRun) again(t testing.TB, s state, r *rand.Rand) error {
 		if _, err := m.WriteAt(want[off:off+n], off); err != nil {
 			return err
 		}
+		off, n = randomRange(r, m.Size(), 6000)
+		erase(t, m, want, r.IntN(3), off, n)
 	}
 	got := make([]byte, m.Size())
 	if _, err := m.ReadAt(got, 0); err != nil {
@@ -358,7 +393,7 @@ func compressedRun(t *testing.T, size int, clusterSize int) *crashRun {
 	}
 	run := &crashRun{start: start, sectors: make([]history, size/sector)}
 	for i := range run.sectors {
-		run.sectors[i].floors = append(run.sectors[i].floors, struct{ pos, seq uint64 }{0, 1})
+		run.sectors[i].floors = append(run.sectors[i].floors, change{seq: 1})
 	}
 	run.f = &memFile{data: append([]byte(nil), start...), rec: true}
 	return run
@@ -392,7 +427,7 @@ func TestCrashSnapshot(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		run.sectors[lba].floors = append(run.sectors[lba].floors, struct{ pos, seq uint64 }{0, seq})
+		run.sectors[lba].floors = append(run.sectors[lba].floors, change{seq: seq})
 	}
 	run.work(t, m, r, 0, 1, 60)
 	closeImage(t, m)

@@ -16,7 +16,11 @@ import (
 	"github.com/calfvm/calf/qcow2"
 )
 
-var _ blk.Disk = (*qcow2.Image)(nil)
+var (
+	_ blk.Disk       = (*qcow2.Image)(nil)
+	_ blk.Discarder  = (*qcow2.Image)(nil)
+	_ blk.ZeroWriter = (*qcow2.Image)(nil)
+)
 
 // TestDisk runs the conformance suite of what a block device serves.
 func TestDisk(t *testing.T) {

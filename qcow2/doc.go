@@ -5,7 +5,8 @@
 //
 // Create makes an image, Open opens one with its chain of backing files,
 // OpenScratch puts a throw-away overlay over one. An Image is a disk: ReadAt,
-// WriteAt and their vectored forms at any offset and length, Flush, Close.
+// WriteAt and their vectored forms, WriteZeroes, PunchHole and Discard at any
+// offset and length, Flush, Close.
 //
 // # What is not done, and said by name
 //
@@ -49,6 +50,10 @@
 // the new L2 entries under the exclusive side again. Requests that overlap a
 // range being filled wait for that range and nothing else.
 //
+// Whole clusters are made zero by a flag in their entries, which hides the
+// backing file; those that the image owns stay where they are, and their holes
+// are punched, without the lock, while the guest range is registered.
+//
 // One goroutine per writable image commits in the background when the dirty
 // slices become many; Close stops it.
 //
@@ -56,8 +61,8 @@
 //
 // A cluster that lost a reference is used again only when (1) a commit has made
 // the removal of the pointer durable, (2) every request that could have seen the
-// pointer is over, which the epochs tell, and (3) its count has been lowered to
-// zero.
+// pointer is over, which the epochs tell, (3) its count has been lowered to zero,
+// and (4) the hole is punched that gives its space back to the host.
 //
 // # What is durable when
 //

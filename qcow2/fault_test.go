@@ -79,12 +79,22 @@ func faultRun(t *testing.T, run *crashRun, seed uint64, fail func(n int, op stri
 		}
 		n := 1 + r.Uint64N(20)
 		lba := r.Uint64N(uint64(len(may)) - n)
-		b := make([]byte, n*sector)
-		for i := range n {
-			stamp(b[i*sector:], lba+i, seq)
-			may[lba+i][seq], now[lba+i][seq] = true, true
+		value, err := seq, error(nil)
+		how := r.IntN(9)
+		if how <= eraseDiscard {
+			value = 0
+			off, size := int64(lba*sector), int64(n*sector)
+			if how == eraseDiscard {
+				off, size = wholeClusters(m, off, size)
+				lba, n = uint64(off/sector), uint64(size/sector)
+			}
+			err = eraser(m, how)(off, size)
+		} else {
+			err = writeStamps(m, lba, n, seq)
 		}
-		_, err := m.WriteAt(b, int64(lba*sector))
+		for i := range n {
+			may[lba+i][value], now[lba+i][value] = true, true
+		}
 		if err != nil && !known(err) {
 			t.Errorf("write: %v", err)
 		}
@@ -92,7 +102,7 @@ func faultRun(t *testing.T, run *crashRun, seed uint64, fail func(n int, op stri
 			continue // the old or the new
 		}
 		for i := range n {
-			now[lba+i] = map[uint64]bool{seq: true}
+			now[lba+i] = map[uint64]bool{value: true}
 		}
 	}
 	f.fail = nil

@@ -18,6 +18,10 @@ type file interface {
 	WritevAt(iov [][]byte, off int64) error
 	// Fdatasync makes what was written, and the size, durable.
 	Fdatasync() error
+	// Punch makes the n bytes at off, whole clusters, read as zero and gives
+	// their space back, without changing the size. Where that is impossible
+	// the error is EOPNOTSUPP.
+	Punch(off, n int64) error
 	// Truncate sets the length in bytes.
 	Truncate(size int64) error
 	// Size is the length in bytes.
@@ -40,6 +44,15 @@ func (o *osFile) Fdatasync() error {
 		err := unix.Fdatasync(o.fd)
 		if !errors.Is(err, unix.EINTR) {
 			return os.NewSyscallError("fdatasync", err)
+		}
+	}
+}
+
+func (o *osFile) Punch(off, n int64) error {
+	for {
+		err := unix.Fallocate(o.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		if !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("fallocate", err)
 		}
 	}
 }

@@ -209,16 +209,33 @@ func (m *Image) commitCounts(c *capture) error {
 	return r.writeDirty()
 }
 
-// recycle gives clusters without references back to the pool.
+// recycle punches clusters without references and gives them back to the pool,
+// or leaves them to the search, which finds them as clusters that were written
+// to. refcounts.mu is held, so nobody takes one before its hole is complete.
 func (m *Image) recycle(free []uint64) {
 	if len(free) == 0 {
 		return
 	}
 	m.decoded.Purge() // it goes by offsets, which may have other data soon
+	var holes []extent
+	m.mu.RLock()
+	for _, c := range free {
+		if m.meta.at(c) == metaNone { // always, unless the counts lie
+			holes = appendExtent(holes, extent{start: c, n: 1})
+		}
+	}
+	m.mu.RUnlock()
+	for _, e := range holes {
+		m.punch(e)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, c := range free {
-		m.pool.recycle(extent{start: c, n: 1})
+		if c < m.refs.cursor {
+			m.pool.recycle(extent{start: c, n: 1})
+		} else {
+			m.refs.virgin = max(m.refs.virgin, c+1)
+		}
 	}
 }
 

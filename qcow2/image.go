@@ -31,6 +31,10 @@ type Image struct {
 	// be corrupt, or a flush failed. It stays. Any goroutine may set it.
 	broken atomic.Pointer[error]
 
+	// unpunchable is set once, by any goroutine, when the host cannot punch
+	// holes into the file.
+	unpunchable atomic.Bool
+
 	// syncMu makes calls of fdatasync take turns. It is held across them, and
 	// with it none but mu is taken.
 	syncMu sync.Mutex

@@ -128,6 +128,24 @@ func (f *memFile) mark(note any) int {
 	return len(f.log) - 1
 }
 
+// Punch is a write of zeros, of which a power cut may keep any part.
+func (f *memFile) Punch(off, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if n = min(n, int64(len(f.data))-off); n <= 0 {
+		return f.check("punch")
+	}
+	err := f.check("punch")
+	if err != nil {
+		n = n / 2 &^ 511
+	}
+	f.data = apply(f.data, make([]byte, n), off)
+	if f.rec {
+		f.log = append(f.log, event{kind: evWrite, off: off, data: make([]byte, n)})
+	}
+	return err
+}
+
 func (f *memFile) Truncate(size int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -102,25 +102,32 @@ func modelRound(t *testing.T, m *Image, r *rand.Rand, model []byte, ops int) {
 			sectors := (len(model) - sector) / sector / workers
 			got := make([]byte, sector)
 			for range ops {
-				off := (r.IntN(sectors)*workers + g) * sector
+				at := (r.IntN(sectors)*workers + g) * sector
 				if r.IntN(3) == 0 {
-					off = (r.IntN(min(sectors, 32))*workers + g) * sector
+					at = (r.IntN(min(sectors, 32))*workers + g) * sector
 				}
-				mine := model[off : off+sector]
+				mine := model[at : at+sector]
 				switch r.IntN(20) {
 				case 0:
 					if err := m.Flush(); err != nil {
 						t.Error(err)
 					}
 				case 1, 2, 3, 4, 5:
-					if _, err := m.ReadAt(got, int64(off)); err != nil || !bytes.Equal(got, mine) {
-						t.Errorf("sector at %d differs: %v", off, err)
+					if _, err := m.ReadAt(got, int64(at)); err != nil || !bytes.Equal(got, mine) {
+						t.Errorf("sector at %d differs: %v", at, err)
+						return
+					}
+				case 6, 7:
+					off, n := randomRange(r, sector, sector)
+					clear(mine[off : off+n])
+					if err := eraser(m, r.IntN(2))(int64(at)+off, n); err != nil {
+						t.Error(err)
 						return
 					}
 				default:
 					part := mine[:1+r.IntN(sector)]
 					fillRandom(r, part)
-					if _, err := m.WriteAt(part, int64(off)); err != nil {
+					if _, err := m.WriteAt(part, int64(at)); err != nil {
 						t.Error(err)
 						return
 					}

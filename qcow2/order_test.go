@@ -19,6 +19,11 @@ type gateFile struct {
 	open chan struct{}
 }
 
+func (g *gateFile) Punch(off, n int64) error {
+	g.pass(true, off, n)
+	return g.file.Punch(off, n)
+}
+
 func newGate(m *Image, hold func(write bool, off, n int64) bool) *gateFile {
 	g := &gateFile{file: m.file, hold: hold, held: make(chan struct{}, 100), open: make(chan struct{})}
 	m.file = g
@@ -236,6 +241,11 @@ func (f *unlockedFile) WritevAt(iov [][]byte, off int64) error {
 	return f.file.WritevAt(iov, off)
 }
 
+func (f *unlockedFile) Punch(off, n int64) error {
+	f.check("punch")
+	return f.file.Punch(off, n)
+}
+
 func (f *unlockedFile) Fdatasync() error {
 	f.check("fdatasync")
 	return f.file.Fdatasync()
@@ -261,6 +271,10 @@ func TestNoIOUnderLock(t *testing.T) {
 				t.Fatal(err)
 			}
 			if _, err := m.WriteAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+			off, n = randomRange(r, m.Size(), 1<<17)
+			if err := eraser(m, r.IntN(3))(off, n); err != nil {
 				t.Fatal(err)
 			}
 			if i%10 == 0 {

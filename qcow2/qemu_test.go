@@ -136,7 +136,7 @@ func qemuWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 		v := byte(r.Uint32())
 		command := fmt.Sprintf("write -P %d %d %d", v, off, n)
 		if r.IntN(4) == 0 {
-			v, command = 0, fmt.Sprintf("write -z %d %d", off, n)
+			v, command = 0, fmt.Sprintf("write -z%s %d %d", [...]string{"", " -u"}[r.IntN(2)], off, n)
 		}
 		args = append(args, "-c", command)
 		copy(model[off:off+n], bytes.Repeat([]byte{v}, int(n)))
@@ -153,7 +153,9 @@ func ourWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 	m := open(t, path, Options{L2CacheBytes: 1})
 	for range n {
 		off, n := randomRange(r, int64(len(model)), int64(len(model)/10))
-		switch r.IntN(4) {
+		switch r.IntN(5) {
+		case 4:
+			erase(t, m, model, r.IntN(3), off, n)
 		case 0:
 			got := make([]byte, n)
 			if _, err := m.ReadAt(got, off); err != nil {

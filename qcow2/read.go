@@ -73,7 +73,7 @@ func (m *Image) readSpan(s *span, iov [][]byte, off int64) error {
 // readBacking fills iov with what lies under the image at off: the backing
 // file's bytes, then zeros.
 func (m *Image) readBacking(iov [][]byte, off int64) error {
-	if m.backing == nil || off >= m.backing.Size() {
+	if !m.showsBacking(off) {
 		zeroFrom(iov, 0)
 		return nil
 	}

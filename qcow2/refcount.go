@@ -194,7 +194,7 @@ func (r *refcounts) raise(extents []extent) ([]extent, error) {
 }
 
 // lower takes one reference from each cluster. It returns the clusters that are
-// free now and are the pool's to have, and those it could not treat. mu is held.
+// free now, and those it could not treat. mu is held.
 func (r *refcounts) lower(clusters []uint64) (free, rest []uint64, err error) {
 	slices.Sort(clusters)
 	for i, c := range clusters {
@@ -202,12 +202,8 @@ func (r *refcounts) lower(clusters []uint64) (free, rest []uint64, err error) {
 		if err != nil {
 			return free, clusters[i:], err
 		}
-		switch {
-		case v != 0:
-		case c < r.cursor:
+		if v == 0 {
 			free = append(free, c)
-		default: // for the search to find, as a cluster that was written to
-			r.virgin = max(r.virgin, c+1)
 		}
 	}
 	return free, nil, nil

@@ -25,10 +25,7 @@ func (m *Image) WriteAt(p []byte, off int64) (int, error) {
 
 // write writes the buffers of r, n bytes in all, at off.
 func (m *Image) write(r *requestState, off, n int64) error {
-	if m.readOnly {
-		return &Error{Path: m.path, Kind: ErrReadOnly, What: "the image is open for reading only"}
-	}
-	if err := m.checkRange(off, n); err != nil {
+	if err := m.checkWrite(off, n); err != nil {
 		return err
 	}
 	for n > 0 {
@@ -42,6 +39,14 @@ func (m *Image) write(r *requestState, off, n int64) error {
 		off, n = off+done, n-done
 	}
 	return nil
+}
+
+// checkWrite returns an error if nothing may be written to [off, off+n).
+func (m *Image) checkWrite(off, n int64) error {
+	if m.readOnly {
+		return &Error{Path: m.path, Kind: ErrReadOnly, What: "the image is open for reading only"}
+	}
+	return m.checkRange(off, n)
 }
 
 // writeSome writes the beginning of [off, off+n) and returns its length, which
@@ -104,7 +109,7 @@ func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 		m.mu.Unlock()
 		return nil, m.loadSlice(id, shard)
 	}
-	// At most to the end of the slice, and to the next allocation under way.
+	// At most to the end of the slice, and to the next claim.
 	limit := min(m.cluster(off+n-1)+1, (id+1)<<m.sliceBits)
 	if other := m.inflight.overlapping(c); other != nil {
 		if other.guest <= c {
@@ -118,7 +123,7 @@ func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	a, err := m.choose(s, c, limit)
 	if err == nil && a != nil && a.host.n > 0 {
 		s.users++
-		m.inflight.add(a)
+		m.inflight.add(&a.claim)
 		m.mu.Unlock()
 		return a, nil
 	}
@@ -141,7 +146,7 @@ func (m *Image) choose(s *slice, c, limit uint64) (*allocation, error) {
 	if first.copied && first.kind == kindNormal {
 		return nil, nil
 	}
-	a := &allocation{guest: c, slice: s, first: first, last: first}
+	a := &allocation{claim: claim{guest: c}, slice: s, first: first, last: first}
 	a.reused = first.reserves()
 	n := uint64(1)
 	for ; c+n < limit; n++ {
@@ -162,6 +167,7 @@ func (m *Image) choose(s *slice, c, limit uint64) (*allocation, error) {
 	} else if err := m.checkFree(a.host); err != nil {
 		return nil, err
 	}
+	a.n = a.host.n
 	end := a.end() - 1
 	a.last, err = m.decode(s.entries[m.sliceIndex(end)], end)
 	return a, err
@@ -224,5 +230,5 @@ func (m *Image) abandon(a *allocation) {
 // end lets go of all that a holds and wakes who waits for it.
 func (m *Image) end(a *allocation) {
 	a.slice.users--
-	m.inflight.remove(a)
+	m.inflight.remove(&a.claim)
 }
