@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -228,7 +229,8 @@ func TestCloudHypervisor8624(t *testing.T) {
 		t.Fatal(err)
 	}
 	hole := int64(entryOf(t, m, 8192) & entryOffset)
-	gate := newGate(m, func(write bool, off, n int64) bool { return write && off == hole && n == 4096 })
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, off, _ int64) bool { return write && off == hole && first.CompareAndSwap(false, true) })
 	discarded := make(chan error, 1)
 	go func() { discarded <- m.Discard(8192, 4096) }()
 	<-gate.held
@@ -279,14 +281,18 @@ func TestPunchBeforeReuse(t *testing.T) {
 	if err := errors.Join(m.Flush(), m.Discard(8192, 4096), m.Flush(), m.Flush()); err != nil {
 		t.Fatal(err)
 	}
-	gate := newGate(m, func(write bool, off, _ int64) bool { return write && off == hole })
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, off, _ int64) bool { return write && off == hole && first.CompareAndSwap(false, true) })
 	flushed := make(chan error, 1)
 	go func() { flushed <- m.Flush() }()
 	<-gate.held
 	b := []byte("new")
 	for off := int64(128 << 10); off < 160<<10; off += 4096 {
-		if _, err := m.WriteAt(b, off); err != nil { // a write to the hole would be held up, too
+		if _, err := m.WriteAt(b, off); err != nil {
 			t.Fatal(err)
+		}
+		if at := int64(entryOf(t, m, off) & entryOffset); at == hole {
+			t.Errorf("the cluster at %#x is given away before its hole is punched", at)
 		}
 	}
 	close(gate.open)
