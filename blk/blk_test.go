@@ -107,6 +107,7 @@ func TestConfigErrors(t *testing.T) {
 		{"block size 256", blk.Config{Disk: disk, BlockSize: 256}},
 		{"block size 1000", blk.Config{Disk: disk, BlockSize: 1000}},
 		{"block size above the disk's", blk.Config{Disk: disk, BlockSize: 8192}},
+		{"unknown error policy", blk.Config{Disk: disk, OnError: 2}},
 		{"long serial", blk.Config{Disk: disk, Serial: strings.Repeat("x", 21)}},
 		{"half a sector", blk.Config{Disk: &blktest.Memory{Bytes: make([]byte, 700)}}},
 	} {

@@ -42,8 +42,7 @@ type QueueConfig struct {
 //	}
 //
 // Pop, Unpop, Push, Publish and Rearm are for one goroutine at a time, Wait
-// likewise.
-// Kick and Stats are safe from any.
+// likewise. Kick and Stats are safe from any.
 type Queue struct {
 	mem    *guest.Memory
 	index  int

@@ -509,6 +509,58 @@ func TestNotification(t *testing.T) {
 }
 
 // TestIndexWrap takes a queue twice through the 16-bit range.
+// TestUnpop gives chains back and pops them again, the first one, the last one of
+// a full ring, and one that the guest has changed meanwhile (V18).
+func TestUnpop(t *testing.T) {
+	for _, features := range []uint64{0, eventIdx, indirect | eventIdx} {
+		r := newRig(t, 8, features)
+		for turn := range 100 { // across the wrap of the ring
+			r.add(t, 8)
+			for i := range 8 {
+				if !r.q.Pop(&r.c) {
+					t.Fatal("nothing to pop")
+				}
+				if (turn+i)%3 != 0 {
+					r.q.Push(&r.c, 1)
+					continue
+				}
+				r.c.TakeStatus()
+				r.q.Unpop(&r.c)
+				r.q.Publish()
+				if r.UsedIdx() != uint16(8*turn+i) {
+					t.Fatalf("used.idx is %d, want %d", r.UsedIdx(), 8*turn+i)
+				}
+				if !r.q.Rearm() {
+					t.Fatal("Rearm does not see the chain that was given back")
+				}
+				if !r.q.Pop(&r.c) || virtio.Len(r.c.Writable) != 1 {
+					t.Fatal("the chain that was given back does not come again")
+				}
+				r.q.Push(&r.c, 1)
+			}
+			r.q.Publish()
+			if r.q.Pop(&r.c) || len(r.ev.broken) != 0 {
+				t.Fatalf("a chain too many, or a broken queue: %v", r.ev.broken)
+			}
+			for range 8 {
+				if _, n, ok := r.TakeUsed(); !ok || n != 1 {
+					t.Fatalf("used length %d, %v", n, ok)
+				}
+			}
+		}
+	}
+	r := newRig(t, 8, 0)
+	r.SetDesc(3, 0x2000, 16, 0, 0)
+	r.offer(0, 3)
+	r.q.Pop(&r.c)
+	r.q.Unpop(&r.c)
+	r.SetDesc(5, 0x3000, 7, virtiotest.Write, 0)
+	r.SetHead(0, 5)
+	if !r.q.Pop(&r.c) || virtio.Len(r.c.Writable) != 7 || len(r.c.Readable) != 0 {
+		t.Error("the second Pop did not read the ring anew")
+	}
+}
+
 func TestIndexWrap(t *testing.T) {
 	for _, features := range []uint64{0, eventIdx} {
 		r := newRig(t, 4, features)

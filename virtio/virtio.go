@@ -37,15 +37,15 @@ const MaxQueueSize = 32768
 //
 //	Negotiated, Start, {StartQueue, StopQueue} of each queue in any order, Stop
 //
-// and then Negotiated again or nothing. Between StartQueue and StopQueue (or Stop)
-// the device owns the queue; outside it must touch neither the queue nor guest
-// memory. A transport pauses a queue by stopping it, and resumes it by starting
-// the same Queue again.
+// and then Negotiated again or nothing. Between StartQueue and StopQueue (or
+// Stop) the device owns the queue; outside it must touch neither the queue nor
+// guest memory. A transport pauses a queue by stopping it, and resumes it by
+// starting the same Queue again.
 //
-// A transport calls Negotiated, Start and Stop while it calls no other life-cycle method,
-// and StartQueue and StopQueue of one queue one after the other; those of
-// different queues may overlap. It calls ReadConfig and WriteConfig one at a
-// time but at any time. The other methods are constant.
+// A transport calls Negotiated, Start and Stop while it calls no other
+// life-cycle method, and StartQueue and StopQueue of one queue one after the
+// other; those of different queues may overlap. It calls ReadConfig and
+// WriteConfig one at a time but at any time. The other methods are constant.
 type Device interface {
 	// DeviceID is the virtio device type (section 5): 2 for a block device.
 	DeviceID() uint16
