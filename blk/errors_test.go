@@ -3,6 +3,7 @@ package blk_test
 import (
 	"bytes"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -45,22 +46,20 @@ func (s *stops) add(err error) {
 	s.errs = append(s.errs, err)
 }
 
-// wait waits until the device has stopped n times, and a little longer.
-func (s *stops) wait(t *testing.T, n int) error {
+// wait waits until the device has stopped n times.
+func (s *stops) wait(t *testing.T, n int) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		s.mu.Lock()
-		got, errs := len(s.errs), s.errs
-		s.mu.Unlock()
-		switch {
-		case got > n:
-			t.Fatalf("the device has stopped %d times, want %d", got, n)
-		case got == n:
-			return errs[n-1]
-		case time.Now().After(end):
+	for end := time.Now().Add(10 * time.Second); len(s.all()) != n; time.Sleep(time.Millisecond) {
+		if got := len(s.all()); got > n || time.Now().After(end) {
 			t.Fatalf("the device has stopped %d times, want %d", got, n)
 		}
 	}
+}
+
+func (s *stops) all() []error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.errs)
 }
 
 // TestErrorStop lets the disk fail for a while under requests of each kind: the
@@ -94,12 +93,14 @@ func TestErrorStop(t *testing.T) {
 				other.set(tGetID, 0)
 				disk.broken.Store(true)
 				submit(t, r.d.Rings[0], q.bufs(c.kind == tIn))
-				err := said.wait(t, turn+1)
+				said.wait(t, turn+1)
+				err := said.all()[turn]
 				if !errors.Is(err, disk.cause) || !strings.Contains(err.Error(), "disk root: "+c.op) {
 					t.Errorf("stopped because of %v", err)
 				}
 				submit(t, r.d.Rings[1], other.bufs(true))
 				time.Sleep(2 * time.Millisecond)
+				said.wait(t, turn+1) // no second time
 				if q.code() != sUntouched || other.code() != sUntouched {
 					t.Fatalf("statuses %#x and %#x while the device is stopped, want none", q.code(), other.code())
 				}
