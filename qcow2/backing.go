@@ -20,6 +20,9 @@ const maxLayers = 64
 type backing interface {
 	// ReadvAt fills iov from [off, off+length), which lies inside Size.
 	ReadvAt(iov [][]byte, off int64) error
+	// mapAt maps the beginning of [off, off+n), which lies inside Size. The
+	// layer it returns counts from this one.
+	mapAt(off, n int64) (Mapping, error)
 	Size() int64
 	Close() error
 }

@@ -6,7 +6,8 @@
 // Create makes an image, Open opens one with its chain of backing files,
 // OpenScratch puts a throw-away overlay over one. An Image is a disk: ReadAt,
 // WriteAt and their vectored forms, WriteZeroes, PunchHole and Discard at any
-// offset and length, Flush, Close.
+// offset and length, Flush, Close. Map tells what its ranges are and where, Stats
+// what it has done.
 //
 // # What is not done, and said by name
 //

@@ -123,7 +123,7 @@ func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
 func (m *Image) eraseClusters(c, limit uint64, how room, shard int) (uint64, error) {
 	id := m.sliceID(c)
 	i := m.l1Index(id)
-	m.mu.Lock()
+	m.lock()
 	if m.l1[i]&entryCopied == 0 {
 		m.mu.Unlock()
 		return c, m.ownTable(i)
@@ -154,7 +154,7 @@ func (m *Image) eraseClusters(c, limit uint64, how room, shard int) (uint64, err
 	for _, e := range holes {
 		m.punch(e)
 	}
-	m.mu.Lock()
+	m.lock()
 	m.inflight.remove(claimed)
 	m.mu.Unlock()
 	return end, err
@@ -213,7 +213,8 @@ func (m *Image) punch(e extent) {
 	if m.unpunchable.Load() {
 		return
 	}
-	err := m.file.Punch(m.offset(e.start), int64(e.n)<<m.clusterBits) //nolint:gosec // G115: less than a file
+	m.counts.punched.Add(m.pointer(e.n))
+	err := m.file.Punch(m.offset(e.start), m.offset(e.n))
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		m.unpunchable.Store(true)
 	}

@@ -21,6 +21,7 @@ func (m *Image) Flush() error {
 	if m.readOnly {
 		return nil
 	}
+	m.counts.flushes.Add(1)
 	return m.explain(m.commits.run(m.commit))
 }
 
@@ -141,6 +142,7 @@ func (m *Image) commit() error {
 	if err := m.usable(); err != nil {
 		return err
 	}
+	m.counts.commits.Add(1)
 	c := m.captureDirty()
 	err := m.commitCounts(c)
 	if err == nil {
@@ -157,7 +159,7 @@ func (m *Image) commit() error {
 
 // captureDirty takes what the next commit has to do.
 func (m *Image) captureDirty() *capture {
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	m.epochs.advance()
 	c := &capture{grown: m.grown, freed: m.freed, epoch: m.epochs.now}
@@ -216,6 +218,7 @@ func (m *Image) recycle(free []uint64) {
 	if len(free) == 0 {
 		return
 	}
+	m.counts.freed.Add(uint64(len(free)))
 	m.decoded.Purge() // it goes by offsets, which may have other data soon
 	var holes []extent
 	m.mu.RLock()
@@ -228,7 +231,7 @@ func (m *Image) recycle(free []uint64) {
 	for _, e := range holes {
 		m.punch(e)
 	}
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	for _, c := range free {
 		if c < m.refs.cursor {
@@ -272,7 +275,7 @@ func (m *Image) writePointers(c *capture) error {
 // settle ends a commit: after a success, what lost its pointers waits for its
 // I/O to end; after a failure, all that was not done is to do again.
 func (m *Image) settle(c *capture, err error) {
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	for _, s := range c.slices {
 		s.slice.inCommit, s.slice.frozen = false, false

@@ -32,7 +32,7 @@ func (m *Image) refill() error {
 	if err != nil {
 		return err
 	}
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	for _, e := range found {
 		m.pool.put(e)
@@ -207,7 +207,7 @@ func (r *refcounts) switchTable(table []uint64, off int64) error {
 	m := r.img
 	old := extent{start: m.cluster(r.offset), n: uint64(len(r.table)) * 8 >> m.clusterBits}
 	r.table, r.offset = table, off
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	m.meta.remove(old)
 	batch := freeBatch{} // no request reads the table, so any epoch will do
@@ -221,7 +221,7 @@ func (r *refcounts) switchTable(table []uint64, off int64) error {
 
 // claim registers new metadata clusters, which must not hold any yet.
 func (r *refcounts) claim(e extent, k metaKind) error {
-	r.img.mu.Lock()
+	r.img.lock()
 	defer r.img.mu.Unlock()
 	if err := r.img.checkFree(e); err != nil {
 		return err
@@ -231,7 +231,7 @@ func (r *refcounts) claim(e extent, k metaKind) error {
 }
 
 func (r *refcounts) disclaim(e extent) {
-	r.img.mu.Lock()
+	r.img.lock()
 	defer r.img.mu.Unlock()
 	r.img.meta.remove(e)
 }

@@ -23,6 +23,7 @@ type Image struct {
 	features uint64 // incompatible ones, as in the file at open
 	l1Offset int64
 
+	counts  counters
 	refs    *refcounts
 	commits commits
 	decoded *decodedCache
@@ -193,6 +194,7 @@ func (m *Image) datasync() error {
 	if err := m.usable(); err != nil {
 		return err
 	}
+	m.counts.syncs.Add(1)
 	if err := m.file.Fdatasync(); err != nil {
 		return m.fail(err)
 	}
@@ -247,6 +249,7 @@ func (m *Image) hold(shard int) (*pin, error) {
 	if m.closed {
 		return nil, m.errClosed()
 	}
+	m.counts.held.Add(1)
 	return m.epochs.enter(shard), nil
 }
 

@@ -5,7 +5,7 @@ import "encoding/binary"
 // loadSlice reads slice id into the cache. Of several callers one reads, without
 // the lock; the others wait for it. Image.mu is not held.
 func (m *Image) loadSlice(id uint64, shard int) error {
-	m.mu.Lock()
+	m.lock()
 	if m.closed {
 		m.mu.Unlock()
 		return m.errClosed()
@@ -24,12 +24,14 @@ func (m *Image) loadSlice(id uint64, shard int) error {
 	m.loads[id] = l
 	// The pin keeps the table's cluster from being reused while it is read,
 	// should the table be copied meanwhile. The copy has the same contents.
+	m.counts.held.Add(1)
+	m.counts.misses.Add(1)
 	p := m.epochs.enter(shard)
 	m.mu.Unlock()
 
 	entries, err := m.readSlice(off + m.sliceOffset(id))
 
-	m.mu.Lock()
+	m.lock()
 	if err == nil {
 		m.cache.add(&slice{id: id, entries: entries})
 	}
@@ -68,7 +70,7 @@ func (m *Image) ownTable(i uint64) error {
 	}
 	old, err := m.fillTable(i, m.offset(host.start))
 
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	f := m.tables[i]
 	delete(m.tables, i)
@@ -84,6 +86,7 @@ func (m *Image) ownTable(i uint64) error {
 	}
 	m.meta.add(host, metaL2)
 	m.grown = appendExtent(m.grown, host)
+	m.counts.allocated.Add(host.n)
 	m.l1[i] = m.pointer(host.start) | entryCopied
 	m.dirtyL1[i] = struct{}{}
 	return nil
@@ -93,7 +96,7 @@ func (m *Image) ownTable(i uint64) error {
 // none if there is nothing to do, or another caller has done it.
 func (m *Image) reserveTable(i uint64) (extent, error) {
 	for {
-		m.mu.Lock()
+		m.lock()
 		if m.l1[i]&entryCopied != 0 {
 			m.mu.Unlock()
 			return extent{}, nil

@@ -99,7 +99,7 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	c := m.cluster(off)
 	id := m.sliceID(c)
-	m.mu.Lock()
+	m.lock()
 	if m.l1[m.l1Index(id)]&entryCopied == 0 {
 		m.mu.Unlock()
 		return nil, m.ownTable(m.l1Index(id))
@@ -187,7 +187,7 @@ func (a *allocation) extends(e entry, n uint64, clusterSize int64) bool {
 
 // publish makes the filled clusters of a the contents of its guest clusters.
 func (m *Image) publish(a *allocation) {
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	for i := range a.host.n {
 		at := m.sliceIndex(a.guest + i)
@@ -199,6 +199,7 @@ func (m *Image) publish(a *allocation) {
 	m.cache.markDirty(a.slice)
 	if !a.reused {
 		m.grown = appendExtent(m.grown, a.host)
+		m.counts.allocated.Add(a.host.n)
 	}
 	m.end(a)
 }
@@ -219,7 +220,7 @@ func (m *Image) unreference(e, c uint64) {
 // abandon undoes the reservation of an allocation that failed. Its guest
 // clusters are what they were.
 func (m *Image) abandon(a *allocation) {
-	m.mu.Lock()
+	m.lock()
 	defer m.mu.Unlock()
 	if !a.reused {
 		m.pool.recycle(a.host)
