@@ -59,7 +59,8 @@ func TestRates(t *testing.T) {
 						t.Errorf("stats %+v", s)
 					}
 				}
-				if waits == 0 || waits > uint64(4*c.n) {
+				// A worker that did not sleep would look thousands of times.
+				if waits == 0 || waits > uint64(20*c.n) {
 					t.Errorf("%d waits for %d requests", waits, 2*c.n)
 				}
 			})

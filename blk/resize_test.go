@@ -100,6 +100,12 @@ func TestRawGrow(t *testing.T) {
 		if err := d.ReadvAt([][]byte{got}, 0); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("the grown disk reads wrong: %v", err)
 		}
+		if err := os.Truncate(path, 4096); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.ReadvAt([][]byte{got[:8192]}, 0); err == nil {
+			t.Error("a read past the end of a file that was cut off after it had grown succeeded")
+		}
 	}
 	ro := openRaw(t, rawFile(t, 512), blk.RawOptions{ReadOnly: true})
 	if err := ro.Grow(1024); err == nil || ro.Size() != 512 {
