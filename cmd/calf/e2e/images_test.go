@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -106,10 +107,8 @@ const (
 func (im *images) check(file string, allowed ...int) {
 	im.t.Helper()
 	out, status := try(im.t, "qemu-img", "check", file)
-	for _, a := range allowed {
-		if status == a {
-			return
-		}
+	if slices.Contains(allowed, status) {
+		return
 	}
 	im.t.Errorf("qemu-img check %s: exit status %d\n%s", filepath.Base(file), status, out)
 }
