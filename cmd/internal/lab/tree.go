@@ -103,7 +103,7 @@ func sharedLibraries(program string) ([]string, error) {
 		if strings.Contains(line, "not found") {
 			return nil, fmt.Errorf("ldd %s: %s", program, strings.TrimSpace(line))
 		}
-		for _, word := range strings.FieldsSeq(line) {
+		for word := range strings.FieldsSeq(line) {
 			if strings.HasPrefix(word, "/") {
 				libs = append(libs, word)
 				break
@@ -143,7 +143,7 @@ func (t tree) busybox() error {
 	if err != nil {
 		return fmt.Errorf("busybox --list: %w", err)
 	}
-	for _, applet := range strings.FieldsSeq(string(list)) {
+	for applet := range strings.FieldsSeq(string(list)) {
 		if applet != "busybox" {
 			t.link("/bin/"+applet, "busybox")
 		}
