@@ -239,6 +239,9 @@ func (run *crashRun) verify(t testing.TB, s state) error {
 	if len(v.corruptions) > 0 {
 		return fmt.Errorf("%s at %d: %v", s.what, s.cut, v.corruptions)
 	}
+	if err := bothCheck(s.data, v); err != nil {
+		return fmt.Errorf("%s at %d: %w", s.what, s.cut, err)
+	}
 	m := run.open(t, &memFile{data: s.data}, true)
 	got := make([]byte, m.Size())
 	if _, err := m.ReadAt(got, 0); err != nil {

@@ -9,6 +9,10 @@
 // offset and length, Flush, Close. Map tells what its ranges are and where, Stats
 // what it has done.
 //
+// Check counts all references in an image that nobody writes to and finds leaks
+// and corruptions. It keeps what it counts in bounded memory and opens nothing but
+// the image.
+//
 // # What is not done, and said by name
 //
 // Encryption, external data files, extended L2 entries and unknown incompatible

@@ -12,6 +12,7 @@ const (
 	extEnd           = 0
 	extBackingFormat = 0xe2792aca
 	extFeatureNames  = 0x6803f857
+	extBitmaps       = 0x23852875
 )
 
 // Types of feature in the feature name table.
@@ -37,6 +38,7 @@ func (n featureNames) of(kind byte, bit uint) string {
 type extensions struct {
 	backingFormat string // empty if the image does not say
 	features      featureNames
+	bitmaps       []byte // nil if there is none
 }
 
 // parseExtensions decodes the extensions in b, the first cluster of the image,
@@ -68,6 +70,8 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 			x.backingFormat = string(data)
 		case extFeatureNames:
 			x.features.add(data)
+		case extBitmaps:
+			x.bitmaps = data
 		}
 		off += (n + 7) &^ 7
 	}

@@ -117,14 +117,21 @@ func (g *geometry) decode(e, c uint64) (entry, error) {
 // decodeCompressed decodes the descriptor of a compressed cluster: a byte offset
 // and the number of 512-byte sectors that its data touches.
 func (g *geometry) decodeCompressed(e, c uint64) (entry, error) {
-	sizeBits := g.clusterBits - 8
-	offBits := 62 - sizeBits
-	host := int64(e & (1<<offBits - 1))              //nolint:gosec // G115: below 2^62
-	sectors := int64(e>>offBits&(1<<sizeBits-1)) + 1 //nolint:gosec // G115: below 2^13
+	off, n := g.compressedRange(e)
+	host, size := int64(off), int64(n) //nolint:gosec // G115: below 2^62 and 2^22
 	if host < g.clusterSize || host >= 1<<56 {
 		return entry{}, corruptf("the compressed cluster at guest offset %#x has its data at %#x, which is no data cluster", g.offset(c), host)
 	}
-	return entry{kind: kindCompressed, host: host, size: sectors*512 - host&511}, nil
+	return entry{kind: kindCompressed, host: host, size: size}, nil
+}
+
+// compressedRange returns where the n bytes of data of the compressed cluster
+// with L2 entry e are.
+func (g *geometry) compressedRange(e uint64) (off, n uint64) {
+	sizeBits := g.clusterBits - 8
+	offBits := 62 - sizeBits
+	off = e & (1<<offBits - 1)
+	return off, (e>>offBits&(1<<sizeBits-1)+1)*512 - off&511
 }
 
 // hostClusters returns the host clusters [first, first+n) that the entry refers
