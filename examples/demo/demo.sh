@@ -27,7 +27,7 @@ trap 'rm -rf "$dir"' EXIT
 cd "$dir"
 
 step "A base image with an ext4 root, and an overlay on it"
-mkdir -p root/bin root/sbin root/dev root/proc root/sys root/run root/root
+mkdir -p root/bin root/sbin root/dev root/proc root/sys root/run
 cp "$(command -v busybox)" root/bin/busybox
 for applet in $(busybox --list); do
 	[ "$applet" = busybox ] || ln -s busybox "root/bin/$applet"
@@ -44,9 +44,9 @@ for cpu in $(seq 0 $(($(nproc) - 1))); do
 done
 echo "guest: interrupts of each queue of vda, by CPU:"
 grep 'virtio0-req' /proc/interrupts
-echo "written by Linux $(uname -r)" >/root/hello
+echo "written by Linux $(uname -r)" >/hello
 sync
-echo "guest: wrote $(wc -c </root/hello) bytes to /root/hello, powering off"
+echo "guest: wrote $(wc -c </hello) bytes to /hello, powering off"
 poweroff -f
 INIT
 chmod +x root/sbin/init
@@ -83,8 +83,8 @@ echo "calf exited with status 0"
 
 step "What the host sees"
 qemu-img convert -O raw overlay.qcow2 overlay.raw
-show debugfs -R 'cat /root/hello' overlay.raw 2>/dev/null
-debugfs -R 'cat /root/hello' overlay.raw 2>/dev/null | grep -q '^written by Linux' ||
+show debugfs -R 'cat /hello' overlay.raw 2>/dev/null
+debugfs -R 'cat /hello' overlay.raw 2>/dev/null | grep -q '^written by Linux' ||
 	die "the file that the guest wrote is not in the overlay"
 show qemu-img check overlay.qcow2
 [ "$(sha256sum base.qcow2)" = "$before" ] || die "the base image was changed"

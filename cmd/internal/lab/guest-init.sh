@@ -18,13 +18,13 @@ i=0
 until [ -b /dev/vda ] || [ $((i += 1)) -gt 100 ]; do
 	sleep 0.1
 done
-mount -t ext4 /dev/vda /root || exit 1
+mount -t ext4 /dev/vda /mnt || exit 1
 for dir in dev proc sys; do
-	mount -o move "/$dir" "/root/$dir"
+	mount -o move "/$dir" "/mnt/$dir"
 done
 if [ -f /script ]; then
-	mount -t tmpfs run /root/run
-	cp /script /root/run/script
-	exec switch_root /root /bin/sh /run/script
+	mount -t tmpfs run /mnt/run
+	cp /script /mnt/run/script
+	exec switch_root /mnt /bin/sh /run/script
 fi
-exec switch_root /root /sbin/init
+exec switch_root /mnt /sbin/init
