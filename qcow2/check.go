@@ -97,6 +97,7 @@ type checker struct {
 	result   CheckResult
 	used     tally
 	tables   map[uint64]uint32 // references to each L2 table, by host cluster
+	flags    int64             // corruptions that are wrong COPIED flags
 	next     int64             // where the cluster would be that follows the last of a table
 }
 
@@ -306,7 +307,7 @@ func (x *checker) checkEntry(e, at uint64, times uint32, active bool) error {
 	if host == 0 {
 		return nil
 	}
-	if x.inCluster(int64(host)) != 0 { //nolint:gosec // G115: masked
+	if x.inCluster(int64(host)) != 0 {
 		x.found(Corruption, at, "the L2 entry %#x points into the middle of a cluster", e)
 	}
 	x.shape(active, false, host)
@@ -344,6 +345,7 @@ func (x *checker) checkCopied(e, at uint64) error {
 		return nil // reported by checkBlocks
 	}
 	if err == nil && (n == 1) != (e&entryCopied != 0) {
+		x.flags++
 		x.found(Corruption, at, "the entry %#x says wrongly whether its cluster, counted %d times, is shared", e, n)
 	}
 	return err

@@ -296,11 +296,17 @@ func qemuCheck(t testing.TB, data []byte) (int, string) {
 // again runs a second workload on a state, as after a reboot, and checks it.
 func (run *crashRun) again(t testing.TB, s state, r *rand.Rand) error {
 	f := &memFile{data: append([]byte(nil), s.data...)}
-	m := run.open(t, f, false)
-	want := make([]byte, m.Size())
-	if _, err := m.ReadAt(want, 0); err != nil {
+	was := run.open(t, &memFile{data: s.data}, true)
+	want := make([]byte, was.Size())
+	if _, err := was.ReadAt(want, 0); err != nil {
 		return err
 	}
+	if r.IntN(2) == 0 {
+		if _, after, err := repairIn(t.Context(), f, "memory", CheckOptions{}); err != nil || !after.Clean() {
+			return fmt.Errorf("%s at %d: the repair left %+v (%w)", s.what, s.cut, after, err)
+		}
+	}
+	m := run.open(t, f, false)
 	for range 30 {
 		off, n := randomRange(r, m.Size(), 6000)
 		fillRandom(r, want[off:off+n])

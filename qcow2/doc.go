@@ -11,7 +11,7 @@
 //
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but
-// the image.
+// the image. RepairLeaks mends an image that has leaks only.
 //
 // # What is not done, and said by name
 //

@@ -174,6 +174,15 @@ func TestCheckCorrupt(t *testing.T) {
 				if err != nil || string(after) != string(b) {
 					t.Error("the check changed the image")
 				}
+				_, repaired, err := RepairLeaks(t.Context(), path, CheckOptions{})
+				must(t, err)
+				after, err = os.ReadFile(path)
+				if !repaired.Clean() && (err != nil || string(after) != string(b)) {
+					t.Error("the repair changed an image that it cannot mend")
+				}
+				if again := sameVerdict(t, path); again.Clean() != repaired.Clean() {
+					t.Errorf("the repair is content with %v", again.Findings)
+				}
 			})
 		}
 	}
