@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/launch"
@@ -21,6 +23,8 @@ func main() {
 		}
 		return
 	}
+	// A reader of the messages that goes away must not take the guest with it.
+	signal.Ignore(unix.SIGPIPE)
 	p := program{streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
 	os.Exit(p.run(os.Args[1:]))
 }

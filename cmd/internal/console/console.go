@@ -69,6 +69,8 @@ type Console struct {
 	// Escape says that typing Ctrl-A x leaves the console.
 	Escape bool
 
+	file *os.File // of a File console
+
 	in, out gate
 	gates   []*gate        // those of in and out that could be made
 	closers []func() error // called in reverse order
@@ -101,11 +103,13 @@ func (c *Console) open(spec Spec, std Streams, leave func()) error {
 	}
 	switch spec.Kind {
 	case File:
-		f, err := os.Create(spec.Path)
+		// A pipe that nobody reads is an error rather than a wait.
+		f, err := os.OpenFile(spec.Path, os.O_WRONLY|os.O_CREATE|unix.O_NONBLOCK, 0o666)
 		if err != nil {
 			return err
 		}
 		c.closers = append(c.closers, f.Close)
+		c.file = f
 		c.Out = &writer{file: f, gate: &c.out}
 	case PTY:
 		return c.openPTY()
@@ -136,13 +140,15 @@ func (c *Console) openPTY() error {
 }
 
 func (c *Console) openStdio(std Streams, leave func()) error {
-	c.Out = &writer{file: c.own(std.Out), gate: &c.out}
-	if !term.IsTerminal(int(std.In.Fd())) {
-		c.In = &reader{file: std.In, gate: &c.in}
-		return nil
-	}
-	if !inForeground(std.In) {
+	c.Out = &writer{file: c.own(std.Out, unix.O_WRONLY), gate: &c.out}
+	isTerminal := term.IsTerminal(int(std.In.Fd()))
+	if isTerminal && !inForeground(std.In) {
 		return nil // a job in the background must leave the terminal alone
+	}
+	in := &reader{file: c.own(std.In, unix.O_RDONLY), gate: &c.in}
+	if !isTerminal {
+		c.In = in
+		return nil
 	}
 	restore, err := makeRaw(std.In)
 	if err != nil {
@@ -153,27 +159,67 @@ func (c *Console) openStdio(std Streams, leave func()) error {
 		std.Messages.setRaw(false)
 		return restore()
 	})
-	c.In = &escapeReader{r: &reader{file: std.In, gate: &c.in}, leave: leave}
+	c.In = &escapeReader{r: in, leave: leave}
 	c.Escape = true
 	return nil
 }
 
-// own returns a terminal opened anew, so that it can be written without
-// blocking: the mode of the descriptor that calf was given is shared with other
-// processes and is not calf's to change. Any other file, and a terminal that
-// cannot be opened again, is returned as it is.
-func (c *Console) own(out *os.File) *os.File {
-	if !term.IsTerminal(int(out.Fd())) {
-		return out
+// own is reopen for a console, which closes what it opened.
+func (c *Console) own(f *os.File, access int) *os.File {
+	again := reopen(f, access)
+	if again != f {
+		c.closers = append(c.closers, again.Close)
 	}
-	name := "/proc/self/fd/" + strconv.Itoa(int(out.Fd()))
-	fd, err := unix.Open(name, unix.O_WRONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	return again
+}
+
+// reopen returns a terminal or a pipe opened anew, so that it can be read or
+// written without blocking, even where another process competes for it: the
+// mode of the descriptor that calf was given is shared with other processes and
+// is not calf's to change. Any other file is returned as it is, and so is what
+// cannot be opened again, such as the pipe of another user.
+func reopen(f *os.File, access int) *os.File {
+	fd := int(f.Fd())
+	var stat unix.Stat_t
+	isPipe := unix.Fstat(fd, &stat) == nil && stat.Mode&unix.S_IFMT == unix.S_IFIFO
+	if !isPipe && !term.IsTerminal(fd) {
+		return f
+	}
+	again, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), access|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return out
+		return f
 	}
-	f := os.NewFile(uintptr(fd), out.Name())
-	c.closers = append(c.closers, f.Close)
-	return f
+	// A pipe whose writers have gone blocks nobody, but opened only now it does
+	// not say that they were there: a wait for its end would be in vain.
+	fds := []unix.PollFd{{Fd: int32(fd)}} //nolint:gosec // G115: a descriptor
+	if _, err := unix.Poll(fds, 0); err != nil || fds[0].Revents&unix.POLLHUP != 0 {
+		_ = unix.Close(again) // nothing was done with it
+		return f
+	}
+	return os.NewFile(uintptr(again), f.Name())
+}
+
+// Empty removes what an earlier run left in the file of a File console, which
+// Open leaves as it is.
+func (c *Console) Empty() error {
+	if c.file == nil {
+		return nil
+	}
+	if info, err := c.file.Stat(); err != nil || !info.Mode().IsRegular() {
+		return err
+	}
+	return c.file.Truncate(0)
+}
+
+// Lost reports whether Abort has cost output. It is final after Close.
+func (c *Console) Lost() bool {
+	w, ok := c.Out.(*writer)
+	if !ok {
+		return false
+	}
+	c.out.use.Lock()
+	defer c.out.use.Unlock()
+	return w.aborted
 }
 
 // Abort ends every write that waits, and drops all further output. It may be

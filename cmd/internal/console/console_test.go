@@ -45,6 +45,9 @@ func holdTerminal(how string) {
 	switch how {
 	case "close":
 		err = c.Close()
+	case "line": // close when told to
+		_, err = c.In.Read(make([]byte, 1))
+		err = errors.Join(err, c.Close())
 	case "panic":
 		go panic("a panic outside the main goroutine")
 		time.Sleep(time.Hour)
@@ -58,7 +61,7 @@ func holdTerminal(how string) {
 }
 
 func streams(in, out *os.File) Streams {
-	return Streams{In: in, Out: out, Messages: NewMessages(io.Discard)}
+	return Streams{In: in, Out: out, Messages: NewMessages(os.Stderr)}
 }
 
 func TestParseSpec(t *testing.T) {
@@ -114,6 +117,12 @@ func TestFileConsole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if got, _ := os.ReadFile(path); len(got) == 0 {
+		t.Error("Open empties the file")
+	}
+	if err := c.Empty(); err != nil {
+		t.Fatal(err)
+	}
 	want := bytes.Repeat([]byte("line\r\n"), 3000)
 	if n, err := c.Out.Write(want); n != len(want) || err != nil {
 		t.Errorf("Write = %d, %v", n, err)
@@ -152,9 +161,9 @@ func TestPipeConsolePassesBytesUntouched(t *testing.T) {
 		if n, err := c.Out.Write(want); n != len(want) || err != nil {
 			t.Errorf("Write = %d, %v", n, err)
 		}
-		outW.Close()
 	}()
-	got, err := io.ReadAll(outR)
+	got := make([]byte, len(want))
+	_, err = io.ReadFull(outR, got)
 	if err != nil || !bytes.Equal(got, want) {
 		t.Errorf("output has %d bytes, %v; want %d", len(got), err, len(want))
 	}
@@ -198,7 +207,9 @@ func TestAbortEndsAWriteThatWaits(t *testing.T) {
 		t.Fatalf("Write to a full pipe returned %v", err)
 	case <-time.After(50 * time.Millisecond):
 	}
-	c.Abort()
+	if c.Abort(); !c.Lost() {
+		t.Error("Abort cost output, and Lost denies it")
+	}
 	if err := <-done; err != nil {
 		t.Errorf("Write = %v", err)
 	}
@@ -315,13 +326,125 @@ func TestMessagesReturnTheCarriageOnlyWhileRaw(t *testing.T) {
 	if _, err := io.ReadFull(master, buf); err != nil || string(buf) != "a\r\nb\r\nc\n" {
 		t.Errorf("messages = %q, %v", buf, err)
 	}
-	var plain bytes.Buffer
-	m = NewMessages(&plain)
+	r, w := pipe(t)
+	m = NewMessages(w)
 	m.setRaw(true)
 	fmt.Fprintf(m, "a\n")
-	if plain.String() != "a\n" {
-		t.Errorf("what is no terminal got %q", plain.String())
+	if n, err := r.Read(buf); string(buf[:n]) != "a\n" {
+		t.Errorf("what is no terminal got %q, %v", buf[:n], err)
 	}
+}
+
+// within fails the test if f has not returned after a time that no wait of this
+// package should take.
+func within(t *testing.T, what string, f func()) {
+	t.Helper()
+	done := make(chan struct{})
+	go func() { defer close(done); f() }()
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Fatalf("%s does not return", what)
+	}
+}
+
+func TestMessagesHoldUpNobody(t *testing.T) {
+	r, w := pipe(t)
+	m := NewMessages(w)
+	within(t, "a message that nobody reads", func() {
+		for range 40 { // a patience for each would be 20 s
+			fmt.Fprint(m, strings.Repeat("m", 8<<10))
+		}
+	})
+	r.Close()
+	if n, err := m.Write([]byte("m\n")); n != 2 || err != nil {
+		t.Errorf("Write to a reader that is gone = %d, %v", n, err)
+	}
+}
+
+// Another process at the same end of a pipe may take what poll announced.
+func TestCompetitionForAPipe(t *testing.T) {
+	inR, inW := pipe(t)
+	outR, outW := pipe(t)
+	c, err := Open(Spec{Kind: Stdio}, streams(inR, outW), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without poll before them, both would wait if the descriptors did.
+	in, out := c.In.(*reader), c.Out.(*writer)
+	within(t, "a read of an empty pipe", func() {
+		err = withFd(in.file, func(fd int) error { _, err := readNow(fd, make([]byte, 1)); return err })
+	})
+	if !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("a read of an empty pipe = %v", err)
+	}
+	within(t, "a write to a full pipe", func() {
+		for err = nil; err == nil; {
+			err = withFd(out.file, func(fd int) error { _, err := writeNow(fd, make([]byte, 4096)); return err })
+		}
+	})
+	if !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("a write to a full pipe = %v", err)
+	}
+	if flags, err := unix.FcntlInt(outW.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_NONBLOCK != 0 {
+		t.Errorf("the descriptor that others share has flags %#x, %v", flags, err)
+	}
+	within(t, "Close", func() { err = c.Close() })
+	if err != nil {
+		t.Error(err)
+	}
+	_, _ = inW, outR
+}
+
+func TestCompetitionForASocket(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = unix.Close(fds[0]), unix.Close(fds[1]) }()
+	within(t, "a read of an empty socket", func() { _, err = readNow(fds[0], make([]byte, 1)) })
+	if !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("a read of an empty socket = %v", err)
+	}
+	within(t, "a write to a full socket", func() {
+		for err = nil; err == nil; {
+			_, err = writeNow(fds[0], make([]byte, 4096))
+		}
+	})
+	if !errors.Is(err, unix.EAGAIN) {
+		t.Errorf("a write to a full socket = %v", err)
+	}
+}
+
+func TestInputWhoseWriterHasGoneIsReadToItsEnd(t *testing.T) {
+	inR, inW := pipe(t)
+	_, outW := pipe(t)
+	if _, err := inW.WriteString("last words"); err != nil {
+		t.Fatal(err)
+	}
+	inW.Close()
+	c, err := Open(Spec{Kind: Stdio}, streams(inR, outW), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	within(t, "reading to the end", func() {
+		if got, err := io.ReadAll(c.In); err != nil || string(got) != "last words" {
+			t.Errorf("input = %q, %v", got, err)
+		}
+	})
+}
+
+func TestFileConsoleWaitsForNoReader(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "fifo")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "Open", func() {
+		if _, err := Open(Spec{File, path}, Streams{}, nil); !errors.Is(err, unix.ENXIO) {
+			t.Errorf("Open of a pipe without a reader = %v", err)
+		}
+	})
 }
 
 func TestTerminalIsRestored(t *testing.T) {
@@ -358,6 +481,49 @@ func TestTerminalIsRestored(t *testing.T) {
 			_ = cmd.Wait() // how it ended is not the question
 			waitFor(t, func() bool { return cmp.Equal(termios(t, slave), before) })
 			_ = master
+		})
+	}
+}
+
+// What somebody else has made of the terminal meanwhile is left alone.
+func TestOnlyRawTerminalsAreRestored(t *testing.T) {
+	for _, end := range []string{"line", "wait"} {
+		t.Run(end, func(t *testing.T) {
+			master, slave := openPTY(t)
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), "CALF_TEST_END="+end)
+			cmd.Stdin = slave
+			cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Setctty: true}
+			stdout, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(stdout, make([]byte, 4)); err != nil {
+				t.Fatal(err)
+			}
+			theirs := termios(t, slave)
+			theirs.Lflag |= unix.ECHO
+			if err := unix.IoctlSetTermios(int(slave.Fd()), unix.TCSETS, &theirs); err != nil {
+				t.Fatal(err)
+			}
+			if end == "line" {
+				_, err = master.WriteString("\n")
+			} else {
+				err = cmd.Process.Kill()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			// The guard holds the pipe open until it has done its work.
+			_, _ = io.Copy(io.Discard, stdout)
+			_ = cmd.Wait() // how it ended is not the question
+			time.Sleep(100 * time.Millisecond)
+			if now := termios(t, slave); now != theirs {
+				t.Errorf("the terminal is %+v; somebody made it %+v", now, theirs)
+			}
 		})
 	}
 }

@@ -21,7 +21,7 @@ type gate struct {
 
 	mu     sync.Mutex // guards opened
 	opened bool
-	fd     int // an eventfd, readable once the gate is open
+	fd     int // an eventfd, readable once the gate is open; -1 for a gate that stays shut
 }
 
 func (g *gate) init() (err error) {
@@ -101,7 +101,7 @@ func (r *reader) Read(p []byte) (int, error) {
 		err := withFd(r.file, func(fd int) error {
 			_, err := r.gate.await(fd, unix.POLLIN, forever)
 			if err == nil {
-				n, err = unix.Read(fd, p)
+				n, err = readNow(fd, p)
 			}
 			return err
 		})
@@ -131,6 +131,7 @@ type writer struct {
 	patience time.Duration
 	behind   bool // the last write ran out of patience; guarded by gate.use
 	gone     bool // nobody will read any more; guarded by gate.use
+	aborted  bool // the gate has cost output; guarded by gate.use
 }
 
 func (w *writer) Write(p []byte) (int, error) {
@@ -141,14 +142,16 @@ func (w *writer) Write(p []byte) (int, error) {
 		ready := true
 		err := withFd(w.file, func(fd int) (err error) {
 			if ready, err = w.gate.await(fd, unix.POLLOUT, w.limit()); err == nil && ready {
-				n, err = unix.Write(fd, rest[:min(len(rest), writeChunk)])
+				n, err = writeNow(fd, rest[:min(len(rest), writeChunk)])
 			}
 			return err
 		})
 		w.behind = !ready
 		switch {
 		case isRetry(err):
-		case errors.Is(err, errAborted), errors.Is(err, unix.EPIPE), errors.Is(err, unix.EIO):
+		case errors.Is(err, errAborted):
+			w.gone, w.aborted = true, true
+		case errors.Is(err, unix.EPIPE), errors.Is(err, unix.EIO):
 			w.gone = true
 		case err != nil:
 			return len(p) - len(rest), fmt.Errorf("write %s: %w", w.file.Name(), err)
@@ -170,6 +173,26 @@ func (w *writer) limit() time.Duration {
 		return 0
 	}
 	return w.patience
+}
+
+// readNow reads from a descriptor that is ready. Another reader may have been
+// faster; a socket is then not waited for.
+func readNow(fd int, p []byte) (int, error) {
+	n, _, err := unix.Recvfrom(fd, p, unix.MSG_DONTWAIT)
+	if errors.Is(err, unix.ENOTSOCK) {
+		return unix.Read(fd, p)
+	}
+	return n, err
+}
+
+// writeNow writes to a descriptor that has room. Another writer may have taken
+// it; a socket is then not waited for.
+func writeNow(fd int, p []byte) (int, error) {
+	n, err := unix.SendmsgN(fd, p, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	if errors.Is(err, unix.ENOTSOCK) {
+		return unix.Write(fd, p)
+	}
+	return n, err
 }
 
 func isRetry(err error) bool { return errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) }

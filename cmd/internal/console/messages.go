@@ -2,26 +2,34 @@ package console
 
 import (
 	"bytes"
-	"io"
 	"os"
 	"sync/atomic"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
-// Messages is standard error. While the terminal is raw, when it no longer
-// returns the carriage by itself, Messages does. It is safe for concurrent use
-// if the writer under it is.
+// Messages is standard error, which must hold up nobody: what a reader that has
+// fallen behind has no room for is dropped, and so is everything once the reader
+// is gone. While the terminal is raw, when it no longer returns the carriage by
+// itself, Messages does. It is safe for concurrent use.
 type Messages struct {
-	w          io.Writer
+	w          *writer
 	isTerminal bool
 	raw        atomic.Bool // set while the terminal is raw
 }
 
-// NewMessages returns Messages over w.
-func NewMessages(w io.Writer) *Messages {
-	f, ok := w.(*os.File)
-	return &Messages{w: w, isTerminal: ok && term.IsTerminal(int(f.Fd()))}
+// messagePatience is how long a message waits for its reader.
+const messagePatience = 500 * time.Millisecond
+
+// NewMessages returns Messages over f, which stays open as long as they are
+// used.
+func NewMessages(f *os.File) *Messages {
+	return &Messages{
+		w:          &writer{file: reopen(f, unix.O_WRONLY), gate: &gate{fd: -1}, patience: messagePatience},
+		isTerminal: term.IsTerminal(int(f.Fd())),
+	}
 }
 
 func (m *Messages) setRaw(raw bool) { m.raw.Store(raw && m.isTerminal) }

@@ -34,54 +34,84 @@ func makeRaw(tty *os.File) (restore func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the terminal's settings: %w", err)
 	}
-	dismiss, err := startGuard(tty, saved)
+	g, err := startGuard(tty, saved)
 	if err != nil {
 		// A host that cannot start one more process can still run a guest: it
 		// is only a crash that would leave the terminal raw.
-		dismiss = func() error { return nil }
+		g = nil
 	}
 	if _, err := term.MakeRaw(fd); err != nil {
-		return nil, errors.Join(fmt.Errorf("make the terminal raw: %w", err), dismiss())
+		return nil, errors.Join(fmt.Errorf("make the terminal raw: %w", err), g.dismiss())
 	}
-	return func() error {
-		err := unix.IoctlSetTermios(fd, unix.TCSETS, saved)
-		return errors.Join(err, dismiss())
-	}, nil
+	raw, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err = errors.Join(err, g.tell(raw)); err != nil {
+		return nil, errors.Join(err, unix.IoctlSetTermios(fd, unix.TCSETS, saved), g.dismiss())
+	}
+	return func() error { return errors.Join(putBack(fd, saved, raw), g.dismiss()) }, nil
 }
 
-// startGuard starts a guard that puts the settings back when this process
-// crashes or is killed. dismiss sends it home and waits for it.
+// putBack restores a terminal, unless its settings are no longer the raw ones:
+// then they are somebody else's.
+func putBack(fd int, saved, raw *unix.Termios) error {
+	now, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil || *now != *raw {
+		return err
+	}
+	return unix.IoctlSetTermios(fd, unix.TCSETS, saved)
+}
+
+// guard is a process that puts a terminal back when this one crashes or is
+// killed. Its nil value guards nothing.
 //
-// The guard listens to a pipe. Go writes the report of a crash into it before
-// the process ends, so that the terminal is whole again before the shell looks
-// at it; a process that is killed closes it.
-func startGuard(tty *os.File, saved *unix.Termios) (dismiss func() error, err error) {
+// It listens to a pipe. Go writes the report of a crash into it before the
+// process ends, so that the terminal is whole again before the shell looks at
+// it; a process that is killed closes it.
+type guard struct {
+	cmd   *exec.Cmd
+	speak *os.File
+}
+
+// startGuard starts a guard of tty, whose settings are saved.
+func startGuard(tty *os.File, saved *unix.Termios) (*guard, error) {
 	hear, speak, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
 	// The link leads to this program even if its file has been replaced.
-	guard := exec.Command("/proc/self/exe", GuardCommand)
-	guard.Stdin = hear
-	guard.ExtraFiles = []*os.File{tty}
-	guard.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of reach of the terminal's signals
-	err = guard.Start()
+	g := &guard{cmd: exec.Command("/proc/self/exe", GuardCommand), speak: speak}
+	g.cmd.Stdin = hear
+	g.cmd.ExtraFiles = []*os.File{tty}
+	g.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // out of reach of the terminal's signals
+	err = g.cmd.Start()
 	err = errors.Join(err, hear.Close())
 	if err == nil {
-		err = errors.Join(json.NewEncoder(speak).Encode(saved), debug.SetCrashOutput(speak, debug.CrashOptions{}))
-	}
-	dismiss = func() error {
-		_, err := speak.WriteString(dismissal)
-		err = errors.Join(err, debug.SetCrashOutput(nil, debug.CrashOptions{}), speak.Close())
-		if guard.Process != nil {
-			err = errors.Join(err, guard.Wait())
-		}
-		return err
+		err = errors.Join(g.tell(saved), debug.SetCrashOutput(speak, debug.CrashOptions{}))
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("guard the terminal: %w", err), dismiss())
+		return nil, errors.Join(fmt.Errorf("guard the terminal: %w", err), g.dismiss())
 	}
-	return dismiss, nil
+	return g, nil
+}
+
+// tell sends settings: first those to restore, then those to restore them from.
+func (g *guard) tell(t *unix.Termios) error {
+	if g == nil {
+		return nil
+	}
+	return json.NewEncoder(g.speak).Encode(t)
+}
+
+// dismiss sends the guard home and waits for it.
+func (g *guard) dismiss() error {
+	if g == nil {
+		return nil
+	}
+	_, err := g.speak.WriteString(dismissal)
+	err = errors.Join(err, debug.SetCrashOutput(nil, debug.CrashOptions{}), g.speak.Close())
+	if g.cmd.Process != nil {
+		err = errors.Join(err, g.cmd.Wait())
+	}
+	return err
 }
 
 // dismissal tells a guard that the terminal has been put back. No report of a
@@ -96,16 +126,20 @@ func Guard() error {
 	// ignore this.
 	signal.Ignore(unix.SIGTTOU, unix.SIGHUP, unix.SIGINT, unix.SIGTERM)
 	dec := json.NewDecoder(os.Stdin)
-	var saved unix.Termios
+	var saved, raw unix.Termios
 	if err := dec.Decode(&saved); err != nil {
 		return err // before the terminal was made raw
+	}
+	if err := dec.Decode(&raw); err != nil {
+		// In between, the terminal is made raw.
+		return errors.Join(err, unix.IoctlSetTermios(3, unix.TCSETS, &saved))
 	}
 	word := make([]byte, len("\n"+dismissal))
 	n, _ := io.ReadFull(io.MultiReader(dec.Buffered(), os.Stdin), word)
 	if string(word[:n]) == "\n"+dismissal {
 		return nil
 	}
-	err := unix.IoctlSetTermios(3, unix.TCSETS, &saved)
+	err := putBack(3, &saved, &raw)
 	// The report is read to its end, so that writing it meets no broken pipe.
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	return err

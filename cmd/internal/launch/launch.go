@@ -140,7 +140,14 @@ func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, e
 	announce(opts.Streams.Messages, cons)
 	ctx.powerOffWith(machine.PowerButton)
 	defer ctx.powerOffWith(nil)
-	return machine.Run(ctx)
+	if err := cons.Empty(); err != nil {
+		return vmm.Unknown, err
+	}
+	outcome, err = machine.Run(ctx)
+	if outcome != vmm.PowerOff && outcome != vmm.Reboot {
+		time.AfterFunc(drainTime, cons.Abort)
+	}
+	return outcome, err
 }
 
 func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.Config {

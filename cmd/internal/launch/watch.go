@@ -49,8 +49,9 @@ type watcher struct {
 }
 
 // watch begins a run: its timeout, and the signals that end it. The first
-// interrupt asks the guest to power off; the second ends it. A signal that the
-// process was started to ignore stays ignored.
+// interrupt asks the guest to power off; the second ends it. SIGHUP and SIGINT
+// stay ignored if the process was started to ignore them; of the others, Go does
+// not keep that.
 func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
 	ctx, cancel := context.Background(), context.CancelFunc(func() {})
 	if timeout > 0 {
@@ -100,9 +101,9 @@ func (w *watched) handle(sig unix.Signal) {
 		w.end(killed)
 		return
 	}
-	// A message that cannot be written must not keep the guest running.
-	_, _ = fmt.Fprintf(w.messages, "calf: %v: the guest is asked to power off; a second signal ends it\n", sig)
 	if err := powerOff(); err != nil {
 		w.end(killed)
 	}
+	// A message that cannot be written must not keep the guest running.
+	_, _ = fmt.Fprintf(w.messages, "calf: %v: the guest is asked to power off; a second signal ends it\n", sig)
 }
