@@ -237,6 +237,7 @@ func FuzzOpen(f *testing.F) {
 				off, n := randomRange(r, size, int64(len(buf)))
 				_, _ = m.ReadAt(buf[:n], off)
 				_, _ = m.WriteAt(buf[:n], off)
+				_ = eraser(m, r.IntN(3))(off, n)
 			}
 			_ = m.Flush()
 			_ = m.Close()
