@@ -35,11 +35,15 @@ type rig struct {
 
 func newRig(tb testing.TB, cfg blk.Config) *rig {
 	tb.Helper()
+	return newRigOn(tb, virtiotest.NewMachine(), cfg)
+}
+
+func newRigOn(tb testing.TB, m *virtiotest.Machine, cfg blk.Config) *rig {
+	tb.Helper()
 	dev, err := blk.New(cfg)
 	if err != nil {
 		tb.Fatal(err)
 	}
-	m := virtiotest.NewMachine()
 	t, err := pci.New(m, m.Memory, dev, pci.Options{})
 	if err != nil {
 		tb.Fatal(err)
