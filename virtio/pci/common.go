@@ -86,7 +86,7 @@ func (t *Transport) readBARLocked(off uint64, p []byte) {
 }
 
 func (t *Transport) writeBARLocked(off uint64, p []byte) {
-	if t.closed {
+	if t.closed || t.quiescing > 0 {
 		return
 	}
 	in, n := off%regionLen, uint64(len(p))

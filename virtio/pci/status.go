@@ -85,14 +85,17 @@ func (t *Transport) beginResetLocked() {
 }
 
 // quiesceLocked resets the device and waits until it is quiet. It releases mu
-// while it waits.
+// while it waits, but lets no vCPU set the device up again meanwhile: when it
+// returns, mu is held and the device is as after the reset.
 func (t *Transport) quiesceLocked() {
+	t.quiescing++
 	if !t.resetting {
 		t.beginResetLocked()
 	}
 	for t.resetting {
 		t.quiet.Wait()
 	}
+	t.quiescing--
 }
 
 // clearLocked gives every register its value after a reset (P24). PCI

@@ -111,6 +111,7 @@ type Transport struct {
 
 	resetting bool       // a reset waits for the device to be quiet
 	quiet     *sync.Cond // on mu: resetting has become false
+	quiescing int        // calls of quiesceLocked; while there are any, register writes have no effect
 	closed    bool
 	// queueResets counts the goroutines that wait for one queue to be quiet.
 	// It grows only while resetting is false.
@@ -274,11 +275,15 @@ func (t *Transport) UpdateConfig(change func() error) error {
 }
 
 // Reset returns the function to its state at power-on, except that its BAR
-// keeps its address. It returns once the device is quiet (P23).
+// keeps its address. It returns once the device is quiet (P23). Register writes
+// that come meanwhile have no effect.
 func (t *Transport) Reset() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.quiesceLocked()
+	if t.closed {
+		return
+	}
 	binary.LittleEndian.PutUint16(t.cfg.bytes[cfgCommand:], 0)
 	binary.LittleEndian.PutUint16(t.cfg.bytes[t.msixCap+msixCtrl:], uint16(len(t.msix.vectors)-1))
 	clear(t.cfg.bytes[t.pciCap+capOffset : t.pciCap+capPCIData+capPCIWindow])
@@ -289,14 +294,16 @@ func (t *Transport) Reset() {
 
 // Close stops the device and takes the function off its host. Afterwards
 // nothing touches guest memory or interrupts, and accesses have no effect.
-// Closing again does nothing.
+// Closing again does nothing but wait for a Close that is under way.
 func (t *Transport) Close() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.closed {
-		return nil
+	if !t.closed {
+		t.quiesceLocked()
 	}
-	t.quiesceLocked()
+	if t.closed {
+		return nil // before this call, or by another while this one waited
+	}
 	t.closed = true
 	t.syncDecodeLocked()
 	return t.release()

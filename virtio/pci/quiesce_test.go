@@ -1,0 +1,80 @@
+package pci_test
+
+import (
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/calfvm/calf/virtio/pci"
+	vt "github.com/calfvm/calf/virtio/virtiotest"
+)
+
+// P23: whatever a vCPU does meanwhile, nothing is at work when Close returns.
+func TestCloseAgainstSetup(t *testing.T) {
+	for range 200 {
+		m := vt.NewMachineOf(256 << 10)
+		dev := &echo{n: 1}
+		f, err := pci.New(m, m.Memory, dev, pci.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := vt.Probe(m, f, bar)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Start(all, 1, 8, lineBase); err != nil {
+			t.Fatal(err)
+		}
+		var stop atomic.Bool
+		var vcpu sync.WaitGroup
+		vcpu.Go(func() {
+			for !stop.Load() {
+				setUp(f, d.Rings[0])
+			}
+		})
+		time.Sleep(100 * time.Microsecond)
+		var closers sync.WaitGroup
+		for range 2 {
+			closers.Go(func() {
+				if err := f.Close(); err != nil {
+					t.Error(err)
+				}
+				if _, running := dev.count(); running != 0 {
+					t.Errorf("%d queues are at work after Close", running)
+				}
+			})
+		}
+		closers.Wait()
+		stop.Store(true)
+		vcpu.Wait()
+		if t.Failed() {
+			return
+		}
+	}
+}
+
+// setUp brings the device to life with one queue if its status is 0.
+func setUp(f *pci.Transport, ring *vt.Ring) {
+	var status [1]byte
+	if f.ReadMMIO(0x14, status[:]); status[0] != 0 {
+		return
+	}
+	for _, w := range []struct {
+		off, n, v uint64
+	}{
+		{0x14, 1, drv},
+		{0x08, 4, 1}, // VERSION_1 is in the high word
+		{0x0c, 4, 1},
+		{0x14, 1, fok},
+		{0x18, 2, 8},
+		{0x20, 4, uint64(ring.Desc)},
+		{0x28, 4, uint64(ring.Avail)},
+		{0x30, 4, uint64(ring.Used)},
+		{0x1c, 2, 1},
+		{0x14, 1, dok},
+	} {
+		p := [4]byte{byte(w.v), byte(w.v >> 8), byte(w.v >> 16), byte(w.v >> 24)}
+		f.WriteMMIO(w.off, p[:w.n])
+	}
+}
