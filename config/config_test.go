@@ -168,7 +168,7 @@ func TestValidateChecksPlainStructs(t *testing.T) {
 		t.Fatal("Validate accepts impossible values")
 	}
 	for _, want := range []string{
-		"vm.cpus must be an integer from 1 to 255, not 1000",
+		"vm.cpus must be an integer from 1 to 254, not 1000",
 		"vm.memory must be a size from 32MiB to 16TiB, a multiple of 4KiB, not 4097",
 		"vm.timeout must be a duration",
 		"boot.cmdline must be a string of at most 2047 bytes of printable ASCII",

@@ -56,8 +56,8 @@ func TestSetOverridesTheFile(t *testing.T) {
 
 func TestSetErrorsNameTheFlag(t *testing.T) {
 	for _, tt := range []struct{ key, value, want string }{
-		{"vm.cpus", "0", "--flag must be an integer from 1 to 255, not 0"},
-		{"vm.cpus", "two", `--flag must be an integer from 1 to 255, not "two"`},
+		{"vm.cpus", "0", "--flag must be an integer from 1 to 254, not 0"},
+		{"vm.cpus", "two", `--flag must be an integer from 1 to 254, not "two"`},
 		{"vm.memory", "lots", `--flag must be a size from 32MiB to 16TiB, a multiple of 4KiB, not "lots"`},
 		{"vm.timeout", "10", `--flag must be a duration such as "90s" or "10m", not "10"`},
 		{"boot.kernel", "", `--flag must be a path, not ""`},

@@ -35,7 +35,7 @@ type rule struct {
 var rules = map[string]rule{
 	"vm":              {doc: "The machine."},
 	"vm.name":         {doc: "Name of the guest, for messages.", max: 64},
-	"vm.cpus":         {doc: "Number of virtual CPUs. The host may allow fewer.", min: 1, max: 255},
+	"vm.cpus":         {doc: "Number of virtual CPUs. The host may allow fewer.", min: 1, max: 254},
 	"vm.memory":       {doc: "Guest memory. It is taken from the host as the guest touches it.", min: 32 << 20, max: 16 << 40, multipleOf: 4096},
 	"vm.timeout":      {doc: "Time after which the run is ended; 0 for none."},
 	"vm.boot_timeout": {doc: "Time after which the run is ended if the guest has not come up; 0 for none."},
