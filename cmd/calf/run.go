@@ -104,8 +104,10 @@ func (f *runFlags) define(cmd *cobra.Command) {
 
 // run does what the command line asks for.
 func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
+	var file resultFile
 	if f.json != "" {
-		if err := checkResultFile(f.json); err != nil {
+		var err error
+		if file, err = openResult(f.json); err != nil {
 			return fmt.Errorf("--json: %w", err)
 		}
 	}
@@ -123,7 +125,8 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 		result = launch.Run(cfg, opts)
 	}
 	if f.json != "" {
-		if err := writeResult(f.json, result); err != nil {
+		if err := file.write(result); err != nil {
+			complain(p.streams.Messages, result.Message)
 			return fmt.Errorf("write the result: %w", err)
 		}
 	}
