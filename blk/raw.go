@@ -41,9 +41,7 @@ type Raw struct {
 	granularity int64 // of discards; 0 if it has none
 	hints       struct{ physical, min, optimal int64 }
 
-	// failed is why a flush has failed, and every later one with it: the
-	// kernel reports lost pages once and then forgets them (B13).
-	failed atomic.Pointer[error]
+	flushes *flushes
 }
 
 var (
@@ -66,7 +64,7 @@ func OpenRaw(path string, opts RawOptions) (*Raw, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open raw disk %s: %w", path, err)
 	}
-	r := &Raw{path: path, fd: fd, readOnly: opts.ReadOnly}
+	r := &Raw{path: path, fd: fd, readOnly: opts.ReadOnly, flushes: newFlushes()}
 	if err := r.prepare(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open raw disk %s: %w", path, err), unix.Close(fd))
 	}
@@ -153,18 +151,16 @@ func (r *Raw) WritevAt(iov [][]byte, off int64) error {
 
 // Flush implements Disk.
 func (r *Raw) Flush() error {
-	if err := r.failed.Load(); err != nil {
-		return *err
-	}
 	if r.readOnly {
 		return nil
 	}
-	err := retry(func() error { return unix.Fdatasync(r.fd) })
+	err := r.flushes.do(func() error {
+		return retry(func() error { return unix.Fdatasync(r.fd) })
+	})
 	if err != nil {
-		err = fmt.Errorf("flush %s: %w", r.path, err)
-		r.failed.CompareAndSwap(nil, &err)
+		return fmt.Errorf("flush %s: %w", r.path, err)
 	}
-	return err
+	return nil
 }
 
 // transfer moves all of iov from or to the file at off with the given system
