@@ -43,6 +43,12 @@ func (r *rawBacking) Close() error { return r.file.Close() }
 // chain is what is known of the layers above the one being opened.
 type chain struct {
 	files []fs.FileInfo
+	// dirs are the directories that the caller allows, resolved once.
+	dirs []string
+	// dir is the directory of the last layer, as its open file had it; empty
+	// if that is not known. It is never resolved again, so that nobody who
+	// may rename what lies in it can make it mean another one.
+	dir string
 }
 
 // enter adds the open file f to the chain, unless it is in it already.
@@ -60,6 +66,10 @@ func (c *chain) enter(f *os.File, path string) error {
 		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers)}
 	}
 	c.files = append(c.files, fi)
+	c.dir = ""
+	if own, err := openPath(f); err == nil {
+		c.dir = filepath.Dir(own)
+	}
 	return nil
 }
 
@@ -89,7 +99,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 	if !filepath.IsAbs(name) {
 		target = filepath.Join(filepath.Dir(path), name)
 	}
-	f, err := openTrusted(path, target, opts.BackingDirs)
+	f, err := openTrusted(path, target, append([]string{c.dir}, c.dirs...))
 	if err != nil {
 		return nil, err
 	}
@@ -130,9 +140,30 @@ func hasProtocol(name string) bool {
 	return i >= 0 && name[i] == ':'
 }
 
+// openPath is the path of the open file f, without symbolic links.
+func openPath(f *os.File) (string, error) {
+	return os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd())))
+}
+
+// resolveDirs resolves the symbolic links in dirs. What cannot be resolved
+// allows nothing and is left out.
+func resolveDirs(dirs []string) []string {
+	var resolved []string
+	for _, dir := range dirs {
+		real, err := filepath.EvalSymlinks(dir)
+		if err != nil {
+			continue
+		}
+		if real, err = filepath.Abs(real); err == nil {
+			resolved = append(resolved, real)
+		}
+	}
+	return resolved
+}
+
 // openTrusted opens target for reading iff it lies, all symbolic links resolved,
-// inside the directory of image or inside one of dirs.
-func openTrusted(image, target string, dirs []string) (*os.File, error) {
+// inside one of allowed, which are resolved already.
+func openTrusted(image, target string, allowed []string) (*os.File, error) {
 	resolved, err := filepath.EvalSymlinks(target)
 	if err != nil {
 		return nil, &Error{Path: image, What: "its backing file cannot be opened", Err: err}
@@ -140,7 +171,6 @@ func openTrusted(image, target string, dirs []string) (*os.File, error) {
 	if resolved, err = filepath.Abs(resolved); err != nil {
 		return nil, err
 	}
-	allowed := append([]string{filepath.Dir(image)}, dirs...)
 	if !insideAny(resolved, allowed) {
 		return nil, outside(image, target, resolved)
 	}
@@ -150,8 +180,12 @@ func openTrusted(image, target string, dirs []string) (*os.File, error) {
 	}
 	// The path may have changed since it was resolved. What was opened cannot
 	// have, so its own name decides.
-	opened, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(int(f.Fd())))
-	if err == nil && !insideAny(opened, allowed) {
+	opened, err := openPath(f)
+	if err != nil {
+		refused := &Error{Path: image, Kind: ErrBackingRefused, What: "where its backing file lies cannot be checked", Err: err}
+		return nil, errors.Join(refused, f.Close())
+	}
+	if !insideAny(opened, allowed) {
 		return nil, errors.Join(outside(image, target, opened), f.Close())
 	}
 	return f, nil
@@ -169,17 +203,11 @@ func outside(image, target, resolved string) error {
 	return e
 }
 
-// insideAny reports whether the resolved path lies inside one of dirs.
+// insideAny reports whether the resolved path lies inside one of dirs, which are
+// resolved too.
 func insideAny(path string, dirs []string) bool {
 	for _, dir := range dirs {
-		real, err := filepath.EvalSymlinks(dir)
-		if err != nil {
-			continue
-		}
-		if real, err = filepath.Abs(real); err != nil {
-			continue
-		}
-		if rel, err := filepath.Rel(real, path); err == nil && filepath.IsLocal(rel) {
+		if rel, err := filepath.Rel(dir, path); dir != "" && err == nil && filepath.IsLocal(rel) {
 			return true
 		}
 	}

@@ -42,8 +42,9 @@ func Open(path string, opts Options) (*Image, error) {
 	return openChain(path, opts, &chain{})
 }
 
-// openChain opens the image at path as the next layer of c.
+// openChain opens the image at path as the first layer of c.
 func openChain(path string, opts Options, c *chain) (*Image, error) {
+	c.dirs = resolveDirs(opts.BackingDirs)
 	flags := os.O_RDWR
 	if opts.ReadOnly {
 		flags = os.O_RDONLY
