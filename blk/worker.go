@@ -173,9 +173,18 @@ func (w *worker) serve(c *virtio.Chain) (used uint32, took *histogram, ok bool) 
 	// V18: the header is read once, here.
 	hasHeader := c.TakeReadable(w.head[:])
 	status := c.TakeStatus()
-	if !hasHeader || status == nil {
+	switch {
+	case status == nil:
 		w.count.unanswerable.Add(1)
 		return 0, nil, true // B10: there is no way to answer
+	case !hasHeader:
+		w.count.others.Add(1)
+		w.count.errors.Add(1)
+		status[0] = statusIOErr
+		if len(c.Writable) == 0 {
+			used = 1 // the status stands alone
+		}
+		return used, nil, true
 	}
 	room := virtio.Len(c.Writable)
 	var code byte

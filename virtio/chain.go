@@ -116,9 +116,10 @@ var (
 // the queue size.
 func (q *Queue) walk(c *Chain, head uint16) *GuestError {
 	c.reset(head)
-	w := walker{mem: q.mem, c: c, max: q.size}
+	w := walker{mem: q.mem, c: c, max: q.limit}
 	next := head
-	// V4: a chain of more hops than the table has entries runs in a circle.
+	// V4: a chain of more hops than the table has entries runs in a circle. One
+	// that goes on in an indirect table may be longer than that.
 	for range q.size {
 		d := makeDesc(loadDesc(q.desc, int(next)*descSize))
 		if d.flags&descIndirect != 0 {

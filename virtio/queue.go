@@ -25,6 +25,7 @@ const (
 type QueueConfig struct {
 	Index             int
 	Size              uint16 // a power of 2, at most MaxQueueSize
+	MaxSize           uint16 // what the device offered, which bounds indirect chains; 0 means Size
 	Desc, Avail, Used guest.GPA
 	Features          uint64 // as negotiated
 	Doorbell          *Doorbell
@@ -47,6 +48,7 @@ type Queue struct {
 	mem    *guest.Memory
 	index  int
 	size   int
+	limit  int // most buffers of a chain
 	events QueueEvents
 	bell   *Doorbell
 
@@ -96,6 +98,7 @@ func NewQueue(mem *guest.Memory, cfg QueueConfig) (*Queue, error) {
 		mem:      mem,
 		index:    cfg.Index,
 		size:     int(n),
+		limit:    int(max(cfg.Size, cfg.MaxSize)),
 		events:   cfg.Events,
 		bell:     cfg.Doorbell,
 		indirect: cfg.Features&(1<<FeatureIndirectDesc) != 0,

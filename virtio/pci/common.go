@@ -254,6 +254,7 @@ func (t *Transport) enableQueueLocked(i int) {
 	q, err := virtio.NewQueue(t.mem, virtio.QueueConfig{
 		Index:    i,
 		Size:     s.size,
+		MaxSize:  t.maxSize,
 		Desc:     guest.GPA(s.desc),
 		Avail:    guest.GPA(s.driver),
 		Used:     guest.GPA(s.device),

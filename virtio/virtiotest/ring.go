@@ -148,7 +148,7 @@ func (r *Ring) AddIndirect(bufs ...Buf) (head uint16, ok bool) {
 	r.free = r.free[:len(r.free)-1]
 	table, ok := r.tables[head]
 	if !ok {
-		table = r.m.Alloc(uint64(16*r.Size), 16)
+		table = r.m.Alloc(uint64(16*max(r.Size, len(bufs))), 16)
 		r.tables[head] = table
 	}
 	r.Table(table, bufs...)
