@@ -83,11 +83,11 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		return nil, refused
 	case hasProtocol(name):
 		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)
-		refused.Mend = fmt.Sprintf("name one with: qemu-img rebase -u -F FORMAT -b FILE %s", path)
+		refused.Mend = fmt.Sprintf("name one with: qemu-img rebase -u -F FORMAT -b FILE %s", shellWord(path))
 		return nil, refused
 	case format == "":
 		refused.What = fmt.Sprintf("the image does not say which format its backing file %q has", name)
-		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", name, path)
+		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", shellWord(name), shellWord(path))
 		return nil, refused
 	case format != "qcow2" && format != "raw":
 		return nil, &Error{
@@ -165,18 +165,21 @@ func resolveDirs(dirs []string) []string {
 // inside one of allowed, which are resolved already.
 func openTrusted(image, target string, allowed []string) (*os.File, error) {
 	resolved, err := filepath.EvalSymlinks(target)
-	if err != nil {
-		return nil, &Error{Path: image, What: "its backing file cannot be opened", Err: err}
+	if err == nil {
+		resolved, err = filepath.Abs(resolved)
 	}
-	if resolved, err = filepath.Abs(resolved); err != nil {
-		return nil, err
+	cannot := &Error{Path: image, What: fmt.Sprintf("its backing file %s cannot be opened", shown(target))}
+	if err != nil {
+		cannot.Err = withoutPath(err)
+		return nil, cannot
 	}
 	if !insideAny(resolved, allowed) {
 		return nil, outside(image, target, resolved)
 	}
 	f, err := openRegular(resolved, os.O_RDONLY|unix.O_NOFOLLOW)
 	if err != nil {
-		return nil, &Error{Path: image, What: "its backing file cannot be opened", Err: err}
+		cannot.Err = err
+		return nil, cannot
 	}
 	// The path may have changed since it was resolved. What was opened cannot
 	// have, so its own name decides.
@@ -194,11 +197,11 @@ func openTrusted(image, target string, allowed []string) (*os.File, error) {
 func outside(image, target, resolved string) error {
 	e := &Error{
 		Path: image, Kind: ErrBackingRefused,
-		What: fmt.Sprintf("its backing file %s lies outside the directory of the image", target),
-		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", filepath.Dir(resolved)),
+		What: fmt.Sprintf("its backing file %s lies outside the directory of the image", shown(target)),
+		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", shown(filepath.Dir(resolved))),
 	}
 	if resolved != target {
-		e.What = fmt.Sprintf("its backing file %s, which is %s, lies outside the directory of the image", target, resolved)
+		e.What = fmt.Sprintf("its backing file %s, which is %s, lies outside the directory of the image", shown(target), shown(resolved))
 	}
 	return e
 }
@@ -219,10 +222,7 @@ func insideAny(path string, dirs []string) bool {
 func openRegular(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		if pe, ok := errors.AsType[*fs.PathError](err); ok {
-			err = pe.Err
-		}
-		return nil, &Error{Path: path, What: "cannot open the image", Err: err}
+		return nil, &Error{Path: path, What: "cannot open the image", Err: withoutPath(err)}
 	}
 	fi, err := f.Stat()
 	if err == nil && !fi.Mode().IsRegular() && fi.Mode().Type() != fs.ModeDevice {
@@ -232,4 +232,12 @@ func openRegular(path string, flags int) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
+}
+
+// withoutPath is err without the raw path that it may have.
+func withoutPath(err error) error {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
+		return pe.Err
+	}
+	return err
 }

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"strconv"
+	"strings"
 )
 
 // The kinds of failure that a caller may want to tell apart, with errors.Is.
@@ -46,7 +48,7 @@ type Error struct {
 }
 
 func (e *Error) Error() string {
-	s := e.Path + ": " + e.What
+	s := shown(e.Path) + ": " + e.What
 	if e.Err != nil {
 		s += ": " + e.Err.Error()
 	}
@@ -93,5 +95,35 @@ func inFile(path string, err error) error {
 }
 
 func repairHint(path string) string {
-	return fmt.Sprintf("to mend it, run: qemu-img check -r all %s", path)
+	return "to mend it, run: qemu-img check -r all " + shellWord(path)
+}
+
+// shellWord is name as one word of a shell command that a user may copy. Names
+// come from images nobody trusts, so it is quoted unless it is plain, and one
+// that is an option, or that a terminal would not show as it is, gives way to
+// the word FILE.
+func shellWord(name string) string {
+	if name == "" || name[0] == '-' {
+		return "FILE"
+	}
+	plain := true
+	for _, r := range name {
+		if r == '\uFFFD' || !strconv.IsPrint(r) {
+			return "FILE"
+		}
+		plain = plain && (r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("/._-+,:@%=", r))
+	}
+	if plain {
+		return name
+	}
+	return "'" + strings.ReplaceAll(name, "'", `'\''`) + "'"
+}
+
+// shown is a name for the eyes of a user: as it is if it is plain to a shell
+// too, else quoted and escaped.
+func shown(name string) string {
+	if shellWord(name) == name {
+		return name
+	}
+	return strconv.Quote(name)
 }

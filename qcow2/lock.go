@@ -89,7 +89,7 @@ func lockError(path string, err error) error {
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 		return &Error{
 			Path: path, Kind: ErrLocked, What: "the image is in use by another process",
-			Mend: fmt.Sprintf("close the program that uses it (fuser %s shows which)", path),
+			Mend: fmt.Sprintf("close the program that uses it (fuser %s shows which)", shellWord(path)),
 		}
 	}
 	return &Error{Path: path, What: "locking the image failed", Err: err}
