@@ -70,8 +70,7 @@ type Config struct {
 	// OnError says what becomes of a request for which the disk fails.
 	OnError ErrorPolicy
 	// Stopped, if it is set, is called with the disk's error whenever ErrorStop
-	// has stopped the device, by a goroutine that must not be blocked and must
-	// not stop queues.
+	// has stopped the device, in a goroutine of its own.
 	Stopped func(err error)
 	// Serial is what the guest reads as the serial number, at most MaxSerial
 	// bytes.
@@ -121,6 +120,12 @@ type Device struct {
 	// writeThrough says that a write is stable when it completes (B11). Set by
 	// the driver through the configuration space, read by the workers.
 	writeThrough atomic.Bool
+
+	// owed says that the cache has been turned off and what was in it is not
+	// yet stable. Written under owedMu, which is held while that is changed by
+	// a flush, and read by the workers before each request.
+	owed   atomic.Bool
+	owedMu sync.Mutex
 
 	queues []queue // the slice itself is constant
 }
@@ -304,7 +309,7 @@ func (d *Device) diskFailed(op string, sector uint64, err error) (code byte) {
 		return statusIOErr
 	}
 	if !d.halted.Swap(true) && d.cfg.Stopped != nil {
-		d.cfg.Stopped(fmt.Errorf("disk %s: %s at sector %d: %w", d.cfg.Name, op, sector, err))
+		go d.cfg.Stopped(fmt.Errorf("disk %s: %s at sector %d: %w", d.cfg.Name, op, sector, err))
 	}
 	return noStatus
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/blk/blktest"
+	"github.com/calfvm/calf/guest"
 	"github.com/calfvm/calf/virtio"
 	vt "github.com/calfvm/calf/virtio/virtiotest"
 )
@@ -240,6 +241,55 @@ func TestErrorStopReset(t *testing.T) {
 		dev.Stop()
 		if _, used, ok := ring.TakeUsed(); !ok || used != 513 || q.code() != sOK {
 			t.Errorf("status %d, used length %d; want OK, 513", q.code(), used)
+		}
+	})
+}
+
+// TestCacheOffFails turns the write cache off while the disk cannot flush: the
+// guest is never told that the cache is off, or else gets no answer, while what
+// it has written is not stable (B11).
+func TestCacheOffFails(t *testing.T) {
+	begin := func(t *testing.T, cfg blk.Config, disk *failingDisk) (r *rig, writeback func() uint64, turnOff func()) {
+		cfg.Disk = disk
+		r = newRig(t, cfg)
+		r.start(allFeatures, 1, 16)
+		if code, _, _ := r.do(tOut, 0, make([]byte, 512)); code != sOK {
+			t.Fatalf("status %d", code)
+		}
+		disk.broken.Store(true)
+		writeback = func() uint64 { return r.d.DeviceConfig(0x20, 1) }
+		turnOff = func() { r.m.Write(bar+guest.GPA(r.d.Device.Offset)+0x20, 1, 0) }
+		turnOff()
+		return r, writeback, turnOff
+	}
+	t.Run("report", func(t *testing.T) {
+		disk := newFailingDisk()
+		_, writeback, turnOff := begin(t, blk.Config{}, disk)
+		if got := writeback(); got != 1 {
+			t.Errorf("writeback is %d after a failed flush, want 1", got)
+		}
+		disk.broken.Store(false)
+		if turnOff(); writeback() != 0 {
+			t.Error("the cache cannot be turned off when the disk is sound again")
+		}
+	})
+	t.Run("stop", func(t *testing.T) {
+		disk, said := newFailingDisk(), &stops{}
+		r, writeback, _ := begin(t, blk.Config{OnError: blk.ErrorStop, Stopped: said.add}, disk)
+		said.wait(t, 1)
+		if got := writeback(); got != 0 {
+			t.Errorf("writeback is %d, want 0", got)
+		}
+		r.dev.Resume() // too early
+		said.wait(t, 2)
+		disk.broken.Store(false)
+		before := disk.Flushes()
+		r.dev.Resume()
+		if code, _, _ := r.do(tGetID, 0, make([]byte, 20)); code != sOK {
+			t.Errorf("status %d", code)
+		}
+		if got := disk.Flushes() - before; got != 1 {
+			t.Errorf("%d flushes before the next request completed, want 1", got)
 		}
 	})
 }

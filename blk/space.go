@@ -80,7 +80,9 @@ func (d *Device) ReadConfig(off uint64, p []byte) {
 
 // WriteConfig implements virtio.Device. Only writeback is writable, by a driver
 // that has taken CONFIG_WCE. Turning the cache off returns once everything in it
-// is stable: the driver will not flush any more (B11).
+// is stable: the driver will not flush any more (B11). If that fails, ErrorReport
+// leaves the cache on, where the driver can see it, and after ErrorStop no request
+// is served before the flush has been made up for.
 func (d *Device) WriteConfig(off uint64, p []byte) {
 	if d.negotiated&(1<<featureConfigWCE) == 0 || off > cfgWriteback || cfgWriteback-off >= uint64(len(p)) {
 		return
@@ -89,7 +91,29 @@ func (d *Device) WriteConfig(off uint64, p []byte) {
 	if d.writeThrough.Swap(through) == through || !through {
 		return
 	}
+	d.owedMu.Lock()
+	defer d.owedMu.Unlock()
 	if err := d.cfg.Disk.Flush(); err != nil {
-		d.diskFailed("flush", 0, err)
+		stopped := d.diskFailed("flush", 0, err) == noStatus
+		d.owed.Store(stopped)
+		d.writeThrough.Store(stopped)
 	}
+}
+
+// payFlush makes up for a flush that WriteConfig owes. It reports false if the
+// device has stopped again.
+func (d *Device) payFlush() bool {
+	if !d.owed.Load() {
+		return true
+	}
+	d.owedMu.Lock()
+	defer d.owedMu.Unlock()
+	if !d.owed.Load() {
+		return true // another worker was faster
+	}
+	if err := d.cfg.Disk.Flush(); err != nil {
+		return d.diskFailed("flush", 0, err) != noStatus
+	}
+	d.owed.Store(false)
+	return true
 }

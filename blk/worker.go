@@ -137,7 +137,7 @@ func (w *worker) batch() (more bool) {
 	begin := time.Now()
 	before := begin
 	for range maxBatch {
-		if w.dev.rates.overdrawn() {
+		if !w.dev.payFlush() || w.dev.rates.overdrawn() {
 			more = true // perhaps; pace comes first
 			break
 		}
