@@ -175,12 +175,33 @@ func TestHostileTables(t *testing.T) {
 			if _, err := m.WriteAt([]byte("x"), 2<<16); !errors.Is(err, ErrCorrupt) {
 				t.Errorf("a write after the corruption was found: %v", err)
 			}
-			closeImage(t, m)
+			if err := m.Close(); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("close: %v", err)
+			}
 			if _, err := Open(path, Options{}); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "marked corrupt") {
 				t.Errorf("opening it for writing again: %v", err)
 			}
 			closeImage(t, open(t, path, Options{ReadOnly: true}))
 		})
+	}
+}
+
+// TestCloseCorrupt shows that Close does not hide the loss of a write that was
+// not flushed when something else in the image was found corrupt.
+func TestCloseCorrupt(t *testing.T) {
+	good, l2 := hostileImage(t, CreateOptions{Size: 1 << 20})
+	put(good, l2+8*8, 8, 0x8000000000052a00)
+	path := t.TempDir() + "/hostile.qcow2"
+	writeFile(t, path, good)
+	m := open(t, path, Options{})
+	if _, err := m.WriteAt([]byte("precious"), 5<<16); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.ReadAt(make([]byte, 10), 8<<16); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("read: %v", err)
+	}
+	if err := m.Close(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("close: %v", err)
 	}
 }
 

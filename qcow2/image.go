@@ -285,11 +285,8 @@ func (m *Image) Close() error {
 
 // finish flushes twice: the first makes the removal of pointers durable, the
 // second lowers the counts of what they pointed to. A corrupt image is left as
-// it is.
+// it is, and the error says so, because writes since the last flush are lost.
 func (m *Image) finish() error {
-	if err := m.usable(); errors.Is(err, ErrCorrupt) {
-		return nil
-	}
 	if err := m.commits.run(m.commit); err != nil {
 		if err = inFile(m.path, err); errors.Is(err, ErrCorrupt) {
 			m.setCorruptBit()
