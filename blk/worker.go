@@ -23,7 +23,7 @@ const (
 	statusUnsupp = 2 // VIRTIO_BLK_S_UNSUPP
 
 	// noStatus stands for a status where there must be none, because the
-	// request is going to be served again (ErrorStop).
+	// request is going to be served again (ErrorStop), or the queue stops.
 	noStatus = 0xff
 
 	headerSize = 16
@@ -34,6 +34,10 @@ const (
 	// has taken so long: the driver refills the queue meanwhile.
 	maxBatch     = 16
 	maxBatchTime = 50 * time.Microsecond
+
+	// maxPiece is the most bytes of a request that are moved without looking
+	// for a stop. It is a multiple of every block size.
+	maxPiece = 4 << 20
 )
 
 // worker serves one queue from StartQueue to StopQueue, in a goroutine of its
@@ -75,7 +79,8 @@ func stoppedTimer() *time.Timer {
 	return t
 }
 
-// stop makes the worker end after the request it is at. It does not wait.
+// stop makes the worker end after the request it is at, or the piece of a long
+// one. It does not wait.
 func (w *worker) stop() {
 	if !w.stopping.Swap(true) {
 		close(w.quit)
@@ -242,8 +247,8 @@ func (w *worker) read(c *virtio.Chain, sector, room uint64) (code byte, filled u
 		return statusOK, 0 // B2
 	}
 	w.dev.rates.spend(0, room)
-	if err := w.disk.ReadvAt(c.Writable, int64(sector*SectorSize)); err != nil {
-		return w.dev.diskFailed("read", sector, err), 0
+	if code := w.transfer(typeIn, c.Writable, sector); code != statusOK {
+		return code, 0
 	}
 	w.count.bytesRead.Add(room)
 	return statusOK, room
@@ -260,11 +265,57 @@ func (w *worker) write(c *virtio.Chain, sector, room uint64) (code byte) {
 		return statusOK // B2
 	}
 	w.dev.rates.spend(0, n)
-	if err := w.disk.WritevAt(c.Readable, int64(sector*SectorSize)); err != nil {
-		return w.dev.diskFailed("write", sector, err)
+	if code := w.transfer(typeOut, c.Readable, sector); code != statusOK {
+		return code
 	}
 	w.count.bytesWritten.Add(n)
 	return w.settle()
+}
+
+// transfer moves bufs from the disk (typeIn) or to it (typeOut), which may be up
+// to 4 GiB, in pieces: a stop waits for one of them at most (P23), and leaves the
+// request without an answer. It changes the elements of bufs.
+func (w *worker) transfer(kind int, bufs [][]byte, sector uint64) (code byte) {
+	for len(bufs) > 0 {
+		// All pieces but the last have maxPiece bytes.
+		n, left := 0, maxPiece
+		for n < len(bufs) && len(bufs[n]) <= left {
+			left -= len(bufs[n])
+			n++
+		}
+		var rest []byte // of the buffer that the piece ends in
+		if n < len(bufs) && left > 0 {
+			bufs[n], rest = bufs[n][:left], bufs[n][left:]
+			n++
+		}
+		if code := w.movePiece(kind, bufs[:n], sector); code != statusOK {
+			return code
+		}
+		if rest != nil {
+			n--
+			bufs[n] = rest
+		}
+		bufs = bufs[n:]
+		sector += maxPiece / SectorSize
+		if len(bufs) > 0 && w.stopping.Load() {
+			return noStatus
+		}
+	}
+	return statusOK
+}
+
+func (w *worker) movePiece(kind int, piece [][]byte, sector uint64) (code byte) {
+	off := int64(sector * SectorSize) //nolint:gosec // G115: on the disk
+	if kind == typeIn {
+		if err := w.disk.ReadvAt(piece, off); err != nil {
+			return w.dev.diskFailed("read", sector, err)
+		}
+		return statusOK
+	}
+	if err := w.disk.WritevAt(piece, off); err != nil {
+		return w.dev.diskFailed("write", sector, err)
+	}
+	return statusOK
 }
 
 // settle ends a request that has changed the disk.
