@@ -248,7 +248,7 @@ func (t *Transport) configurableLocked(s *queueState) bool {
 }
 
 // enableQueueLocked freezes the geometry of queue i and makes it ready. The
-// device gets it at DRIVER_OK (V16), or now if that has been.
+// device gets it at DRIVER_OK (V16), or now if it has started.
 func (t *Transport) enableQueueLocked(i int) {
 	s := &t.queues[i]
 	q, err := virtio.NewQueue(t.mem, virtio.QueueConfig{
@@ -268,7 +268,7 @@ func (t *Transport) enableQueueLocked(i int) {
 	}
 	s.q = q
 	t.bindLocked()
-	if t.driverOK.Load() {
+	if t.started {
 		t.startQueueLocked(i)
 	}
 }

@@ -1,11 +1,13 @@
 package pci_test
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/calfvm/calf/virtio"
 	"github.com/calfvm/calf/virtio/pci"
 	vt "github.com/calfvm/calf/virtio/virtiotest"
 )
@@ -76,5 +78,22 @@ func setUp(f *pci.Transport, ring *vt.Ring) {
 	} {
 		p := [4]byte{byte(w.v), byte(w.v >> 8), byte(w.v >> 16), byte(w.v >> 24)}
 		f.WriteMMIO(w.off, p[:w.n])
+	}
+}
+
+// TestQueueAfterFailedStart enables a queue of a device that could not start: it
+// must not be handed to the device.
+func TestQueueAfterFailedStart(t *testing.T) {
+	r := newRig(t, &echo{n: 2, fail: errors.New("no")})
+	if err := r.Negotiate(all); err != nil {
+		t.Fatal(err)
+	}
+	r.DriverOK()
+	r.want("status", vt.Status, 1, dok|virtio.StatusDeviceNeedsReset)
+	if _, err := r.SetupQueue(1, 8); err != nil {
+		t.Fatal(err)
+	}
+	if _, running := r.dev.count(); running != 0 {
+		t.Error("a queue of a device that has not started is at work")
 	}
 }

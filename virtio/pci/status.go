@@ -49,6 +49,7 @@ func (t *Transport) startLocked() {
 		t.damage(err)
 		return
 	}
+	t.started = true
 	if t.needsReset.Load() {
 		// A ring was refused before the driver could be told (P22).
 		t.notifyConfig()
@@ -103,6 +104,7 @@ func (t *Transport) quiesceLocked() {
 // mask has held back must not come after the reset (P23).
 func (t *Transport) clearLocked() {
 	t.driverOK.Store(false)
+	t.started = false
 	t.needsReset.Store(false)
 	t.isr.Store(0)
 	t.configVector.Store(noVector)

@@ -107,6 +107,7 @@ type Transport struct {
 	regs   registers
 	queues []queueState // the slice itself is constant
 
+	started     bool // Start has succeeded since the last reset
 	configDirty bool // the device configuration has changed since it was read (P11)
 
 	resetting bool       // a reset waits for the device to be quiet
