@@ -169,8 +169,32 @@ func (m *Image) choose(s *slice, c, limit uint64) (*allocation, error) {
 	}
 	a.n = a.host.n
 	end := a.end() - 1
-	a.last, err = m.decode(s.entries[m.sliceIndex(end)], end)
-	return a, err
+	if a.last, err = m.decode(s.entries[m.sliceIndex(end)], end); err != nil || a.reused {
+		return a, err
+	}
+	return a, m.checkReplaced(a)
+}
+
+// checkReplaced checks that the clusters which a replaces are data and not those
+// that replace them, as they may be where the counts lie: their counts are going
+// to be lowered. mu is held exclusively.
+func (m *Image) checkReplaced(a *allocation) error {
+	for c := a.guest; c < a.end(); c++ {
+		old, err := m.decode(a.slice.entries[m.sliceIndex(c)], c)
+		if err != nil {
+			return err
+		}
+		first, n := m.hostClusters(old)
+		for h := first; h < first+n; h++ {
+			if k := m.meta.at(h); k != metaNone {
+				return corruptf("the L2 entry of guest offset %#x points to %#x, which holds the %s", m.offset(c), m.offset(h), k)
+			}
+			if h >= a.host.start && h < a.host.start+a.host.n {
+				return corruptf("the cluster at %#x is in use but has a reference count of zero", m.offset(h))
+			}
+		}
+	}
+	return nil
 }
 
 // reserves reports whether the entry reserves a host cluster to write to.
