@@ -75,23 +75,26 @@ func corruptf(format string, args ...any) *Error {
 	return &Error{Kind: ErrCorrupt, What: fmt.Sprintf(format, args...)}
 }
 
-// inFile sets the path of an *Error that has none, adds "qemu-img check" as the
-// mend of a corruption, and gives any other error the path.
+// inFile gives an *Error that has no path this one, with "qemu-img check" as the
+// mend of a corruption, and any other error the path. Requests may share err, as
+// those that wait for the same commit do, so it is copied and never changed.
 func inFile(path string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var e *Error
-	if !errors.As(err, &e) {
+	e, ok := errors.AsType[*Error](err)
+	if !ok {
 		return &Error{Path: path, What: "input/output failed", Err: err}
 	}
-	if e.Path == "" {
-		e.Path = path
-		if errors.Is(e.Kind, ErrCorrupt) && e.Mend == "" {
-			e.Mend = repairHint(path)
-		}
+	if e.Path != "" {
+		return err
 	}
-	return err
+	named := *e
+	named.Path = path
+	if errors.Is(e.Kind, ErrCorrupt) && e.Mend == "" {
+		named.Mend = repairHint(path)
+	}
+	return &named
 }
 
 func repairHint(path string) string {
