@@ -174,6 +174,7 @@ func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
 	for len(iov) > 0 {
 		iov = v.load(iov)
 		for !v.empty() {
+			length := r.length.Load() // before the call: Grow may come after it
 			n, err := v.call(call, r.fd, off)
 			switch {
 			case errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN):
@@ -182,7 +183,7 @@ func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
 			case n > 0:
 				v.advance(n)
 				off += int64(n)
-			case call == unix.SYS_PREADV && off >= r.length.Load():
+			case call == unix.SYS_PREADV && off >= length:
 				// The end of the last sector of a file that lacks it. What
 				// follows is zero up to the size, within which off is.
 				v.zero()

@@ -256,3 +256,33 @@ func TestRawNoAllocation(t *testing.T) {
 		}
 	}
 }
+
+// TestGrowBesideTailRead reads the last, partial sector of a file while the file
+// grows: the end that the read has met may be gone a moment later.
+func TestGrowBesideTailRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk.raw")
+	for round := range 150 {
+		if err := os.WriteFile(path, make([]byte, 1000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		raw, err := blk.OpenRaw(path, blk.RawOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() {
+			b := make([]byte, 512)
+			for range 30 {
+				if err := raw.ReadvAt([][]byte{b}, 512); err != nil {
+					done <- err
+					return
+				}
+			}
+			done <- nil
+		}()
+		time.Sleep(time.Duration(round%20) * time.Microsecond)
+		if err := errors.Join(raw.Grow(4096), <-done, raw.Close()); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+}
