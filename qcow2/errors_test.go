@@ -18,3 +18,19 @@ func TestInFileCopies(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestReaderL1 shows that a layer which is only read costs memory by the size of
+// its disk, not by what its header says of the L1 table.
+func TestReaderL1(t *testing.T) {
+	good, _ := hostileImage(t, CreateOptions{Size: 1 << 20})
+	put(good, 36, 4, maxL1Bytes/8)
+	path := t.TempDir() + "/hostile.qcow2"
+	writeFile(t, path, good)
+	m := open(t, path, Options{ReadOnly: true})
+	if len(m.l1) != 1 {
+		t.Errorf("%d L1 entries in memory, want 1", len(m.l1))
+	}
+	if _, err := m.ReadAt(make([]byte, m.Size()), 0); err != nil {
+		t.Error(err)
+	}
+}

@@ -162,7 +162,12 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	m.dirtyL1 = map[uint64]struct{}{}
 	m.meta = metaSet{}
 	m.epochs.now = firstEpoch
-	if m.l1, err = m.loadTable(h.l1Offset, int64(h.l1Size)*8); err != nil {
+	entries := uint64(h.l1Size)
+	if m.readOnly {
+		// A reader uses no more, and a writer has to know all L2 tables.
+		entries = l1Entries(h.size, h.clusterBits)
+	}
+	if m.l1, err = m.loadTable(h.l1Offset, int64(entries)*8); err != nil { //nolint:gosec // G115: at most h.l1Size, validated
 		return err
 	}
 	if m.readOnly {
