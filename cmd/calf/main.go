@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -25,13 +26,14 @@ func main() {
 	}
 	// A reader of the messages that goes away must not take the guest with it.
 	signal.Ignore(unix.SIGPIPE)
-	p := program{streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
+	p := program{started: time.Now(), streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
 	os.Exit(p.run(os.Args[1:]))
 }
 
 // program is one execution of calf.
 type program struct {
 	streams        console.Streams
+	started        time.Time
 	allowEmulation bool // see launch.Options; for tests
 }
 

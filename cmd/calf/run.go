@@ -138,7 +138,7 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 
 // prepare turns the command line into a valid configuration and options.
 func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*config.Config, launch.Options, error) {
-	opts := launch.Options{NoReboot: f.noReboot, Streams: p.streams, AllowEmulation: p.allowEmulation}
+	opts := launch.Options{NoReboot: f.noReboot, Streams: p.streams, Started: p.started, AllowEmulation: p.allowEmulation}
 	if dash := cmd.ArgsLenAtDash(); dash >= 0 && dash < len(args) {
 		return nil, opts, errors.New("running a command in the guest is not supported by this version of calf: boot without one")
 	}

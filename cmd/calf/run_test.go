@@ -29,7 +29,7 @@ import (
 func setUp(t *testing.T) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
-	for name, text := range map[string]string{"vmlinuz": "no kernel", "data.img": strings.Repeat("x", 4096), "ci.toml": goodConfig} {
+	for name, text := range map[string]string{"vmlinuz": string(new(guesttest.Program).ELF()), "data.img": strings.Repeat("x", 4096), "ci.toml": goodConfig} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -67,7 +67,7 @@ func contents(t *testing.T, dir string) map[string]string {
 func TestFlagsOverrideTheFile(t *testing.T) {
 	dir := setUp(t)
 	file, image, data := filepath.Join(dir, "ci.toml"), filepath.Join(dir, "root.qcow2"), filepath.Join(dir, "data.img")
-	kernel := filepath.Join(dir, "vmlinuz")
+	kernel, other := filepath.Join(dir, "vmlinuz"), new(guesttest.Program).Kernel(t)
 	for _, tt := range []struct {
 		name  string
 		args  []string
@@ -77,7 +77,7 @@ func TestFlagsOverrideTheFile(t *testing.T) {
 		{"cpus", []string{file, "--cpus", "3"}, func(c *config.Config) (any, any) { return c.VM.CPUs, 3 }},
 		{"queues follow cpus", []string{file, "--cpus", "3"}, func(c *config.Config) (any, any) { return c.Disks[1].Queues, 3 }},
 		{"memory", []string{file, "--memory=64M"}, func(c *config.Config) (any, any) { return c.VM.Memory, config.Size(64 << 20) }},
-		{"kernel", []string{file, "--kernel", data}, func(c *config.Config) (any, any) { return c.Boot.Kernel, data }},
+		{"kernel", []string{file, "--kernel", other}, func(c *config.Config) (any, any) { return c.Boot.Kernel, other }},
 		{"initrd", []string{file, "--initrd", data}, func(c *config.Config) (any, any) { return c.Boot.Initrd, data }},
 		{"cmdline", []string{file, "--cmdline", "a b"}, func(c *config.Config) (any, any) { return c.Boot.Cmdline, "a b" }},
 		{"timeout", []string{file, "--timeout", "9s"}, func(c *config.Config) (any, any) { return c.VM.Timeout, 9 * time.Second }},
@@ -134,7 +134,9 @@ func TestBadInput(t *testing.T) {
 		}, 1, []string{"--json", "no such file"}},
 		{"kernel missing", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--kernel", dir + "/none"} }, 1, []string{"kernel", "none", "no such file"}},
 		{"kernel is a directory", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--kernel", dir} }, 1, []string{"kernel", "regular file"}},
-		{"kernel is none", func(t *testing.T, dir string) []string { needKVM(t); return []string{dir + "/ci.toml"} }, 1, []string{"vmlinuz"}},
+		{"kernel is none", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--kernel", dir + "/data.img"}
+		}, 1, []string{"data.img", "neither a bzImage"}},
 		{"image missing", func(_ *testing.T, dir string) []string {
 			return []string{dir + "/ci.toml", "--disk", dir + "/none.qcow2"}
 		}, 1, []string{"none.qcow2", "no such file"}},

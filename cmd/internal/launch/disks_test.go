@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/guesttest"
 	"github.com/calfvm/calf/qcow2"
 )
 
@@ -114,11 +115,8 @@ func TestOpenDisksIsAllOrNothing(t *testing.T) {
 
 func TestCheckOpensForReadingOnly(t *testing.T) {
 	dir := t.TempDir()
-	kernel, image := filepath.Join(dir, "kernel"), filepath.Join(dir, "a.qcow2")
+	kernel, image := new(guesttest.Program).Kernel(t), filepath.Join(dir, "a.qcow2")
 	newImage(t, image, config.FormatQCOW2, make([]byte, 512))
-	if err := os.WriteFile(kernel, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	if err := os.Chmod(image, 0o400); err != nil {
 		t.Fatal(err)
 	}

@@ -10,10 +10,12 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/vmm"
 )
 
@@ -23,6 +25,9 @@ type Options struct {
 	NoReboot bool
 	Streams  console.Streams
 	Logger   *slog.Logger
+	// Started is when the process began, for the log of how long it took to the
+	// guest's first instruction.
+	Started time.Time
 	// AllowEmulation accepts a KVM that only emulates, which is enough for the
 	// guests of tests.
 	AllowEmulation bool
@@ -33,7 +38,7 @@ const (
 	ExitPowerOff = 0
 	ExitTimeout  = 124
 	ExitError    = 125
-	ExitGuest    = 255 // the guest panicked or triple-faulted
+	ExitGuest    = 255 // the guest panicked, triple-faulted, or ended without a status
 	exitSignal   = 128 // plus the number of the signal
 )
 
@@ -61,11 +66,13 @@ func Failed(err error) Result {
 // that can be found without a guest.
 func Check(cfg *config.Config) error {
 	cfg = cfg.Effective()
-	for _, f := range []struct{ what, path string }{{"kernel", cfg.Boot.Kernel}, {"initrd", cfg.Boot.Initrd}} {
-		if f.path == "" {
-			continue
+	if cfg.Boot.Kernel != "" {
+		if err := checkFile("kernel", cfg.Boot.Kernel, boot.Check); err != nil {
+			return err
 		}
-		if err := checkReadable(f.what, f.path); err != nil {
+	}
+	if cfg.Boot.Initrd != "" {
+		if err := checkFile("initrd", cfg.Boot.Initrd, func(boot.File) error { return nil }); err != nil {
 			return err
 		}
 	}
@@ -76,11 +83,12 @@ func Check(cfg *config.Config) error {
 	return open.close()
 }
 
-// checkReadable reports whether a regular file can be opened.
-func checkReadable(what, path string) error {
+// checkFile opens a regular file and has check look into it. A pipe, which
+// might keep calf waiting, is not opened.
+func checkFile(what, path string, check func(boot.File) error) error {
 	info, err := os.Stat(path)
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return fmt.Errorf("%s: %w; set [boot] %s in the file, or --%s", what, err, what, what)
 	}
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s %s is not a regular file", what, path)
@@ -89,16 +97,42 @@ func checkReadable(what, path string) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	return f.Close()
+	err = check(boot.File{ReaderAt: f, Size: info.Size()})
+	if err != nil {
+		err = fmt.Errorf("%s %s: %w", what, path, err)
+	}
+	return errors.Join(err, f.Close())
+}
+
+// checkConsole refuses a console file that is one of the guest's other files:
+// it is emptied before the guest runs.
+func checkConsole(spec console.Spec, cfg *config.Config) error {
+	if spec.Kind != console.File {
+		return nil
+	}
+	info, err := os.Stat(spec.Path)
+	if err != nil {
+		return nil // not there yet, or opening it will tell
+	}
+	others := []string{cfg.Boot.Kernel, cfg.Boot.Initrd}
+	for _, d := range cfg.Disks {
+		others = append(others, d.Path)
+	}
+	for _, path := range others {
+		if other, err := os.Stat(path); err == nil && os.SameFile(info, other) {
+			return fmt.Errorf("--console file:%s would overwrite %s, which the guest uses; name another file", spec.Path, path)
+		}
+	}
+	return nil
 }
 
 // Run runs the guest of cfg, which has been validated, until it ends.
 func Run(cfg *config.Config, opts Options) Result {
 	began := time.Now()
 	ctx, stop := watch(opts.Streams.Messages, cfg.VM.Timeout)
-	outcome, err := run(ctx, cfg.Effective(), opts)
+	e := run(ctx, cfg.Effective(), opts)
 	stop.release()
-	r := result(cfg, outcome, err)
+	r := result(cfg, e)
 	r.Seconds = time.Since(began).Seconds()
 	return r
 }
@@ -107,15 +141,24 @@ func Run(cfg *config.Config, opts Options) Result {
 // guest that is being ended.
 const drainTime = time.Second
 
+// end is how a run ended.
+type end struct {
+	outcome vmm.Outcome
+	ran     bool  // the guest was started
+	err     error // why it was not, or why it did not end by itself
+	closing error // what went wrong afterwards, when everything was closed
+}
+
 // run opens what cfg names, runs the guest and closes everything again.
-func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, err error) {
-	also := func(closing error) { err = errors.Join(err, closing) }
-	if err := Check(cfg); err != nil {
-		return vmm.Unknown, err
+func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
+	also := func(err error) { e.closing = errors.Join(e.closing, err) }
+	if e.err = errors.Join(Check(cfg), checkConsole(opts.Console, cfg)); e.err != nil {
+		return e
 	}
 	cons, err := console.Open(opts.Console, opts.Streams, func() { ctx.end(errEscape) })
 	if err != nil {
-		return vmm.Unknown, err
+		e.err = err
+		return e
 	}
 	defer func() { also(cons.Close()) }()
 	// What the guest said last is still to be read, but a reader that has
@@ -123,31 +166,33 @@ func run(ctx *watched, cfg *config.Config, opts Options) (outcome vmm.Outcome, e
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
 	machine, err := vmm.New(machineConfig(cfg, opts, cons))
 	if err != nil {
-		return vmm.Unknown, err
+		e.err = err
+		return e
 	}
 	// The disks are opened for writing, which may change them, last of all,
 	// and closed after the machine that uses them.
 	var open disks
 	defer func() { also(errors.Join(machine.Close(), open.close())) }()
-	if open, err = openDisks(cfg, false); err != nil {
-		return vmm.Unknown, err
+	if open, e.err = openDisks(cfg, false); e.err != nil {
+		return e
 	}
 	for _, d := range open {
-		if err := machine.AddDisk(d); err != nil {
-			return vmm.Unknown, err
+		if e.err = machine.AddDisk(d); e.err != nil {
+			return e
 		}
 	}
 	announce(opts.Streams.Messages, cons)
 	ctx.powerOffWith(machine.PowerButton)
 	defer ctx.powerOffWith(nil)
-	if err := cons.Empty(); err != nil {
-		return vmm.Unknown, err
+	if e.err = cons.Empty(); e.err != nil {
+		return e
 	}
-	outcome, err = machine.Run(ctx)
-	if outcome != vmm.PowerOff && outcome != vmm.Reboot {
+	e.ran = true
+	e.outcome, e.err = machine.Run(ctx)
+	if e.outcome != vmm.PowerOff && e.outcome != vmm.Reboot {
 		time.AfterFunc(drainTime, cons.Abort)
 	}
-	return outcome, err
+	return e
 }
 
 func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.Config {
@@ -165,6 +210,7 @@ func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.
 		NoReboot:    opts.NoReboot,
 		BootTimeout: cfg.VM.BootTimeout,
 		Logger:      logger,
+		Started:     opts.Started,
 
 		AllowEmulation: opts.AllowEmulation,
 	}
@@ -180,32 +226,42 @@ func announce(w io.Writer, c *console.Console) {
 	}
 }
 
-// result puts the end of a run into words and numbers.
-func result(cfg *config.Config, outcome vmm.Outcome, err error) Result {
-	r := Result{Outcome: outcome.String()}
+// result puts the end of a run into words and numbers. How the guest ended
+// decides; what went wrong besides is said with it, and makes a success none.
+func result(cfg *config.Config, e end) Result {
+	r := Result{Outcome: e.outcome.String()}
 	var killed *killedError
+	also := e.closing
 	switch {
-	case errors.As(err, &killed):
-		r.Outcome, r.ExitCode = outcomeKilled, exitSignal+int(killed.signal)
-		r.Message = killed.Error()
-	case errors.Is(err, errTimeout):
-		r.Outcome, r.ExitCode = outcomeTimeout, ExitTimeout
-		r.Message = fmt.Sprintf("timeout: the run had not ended after %v and was ended", cfg.VM.Timeout)
-	case outcome == vmm.BootTimeout:
+	case e.outcome == vmm.PowerOff, e.outcome == vmm.Reboot:
+		r.ExitCode = ExitPowerOff
+		if also = errors.Join(e.err, also); also != nil {
+			r.ExitCode, r.Message = ExitError, "the guest ended by itself, but not everything it wrote may be in place"
+		}
+	case e.outcome == vmm.Panic:
+		r.ExitCode, r.Message = ExitGuest, "the guest's kernel panicked; its console says why"
+		also = errors.Join(e.err, also)
+	case e.outcome == vmm.TripleFault:
+		r.ExitCode, r.Message = ExitGuest, "the guest's processor gave up (triple fault)"
+		also = errors.Join(e.err, also)
+	case e.outcome == vmm.BootTimeout:
 		r.ExitCode = ExitTimeout
 		r.Message = fmt.Sprintf("boot timeout: the guest had not come up after %v and was ended", cfg.VM.BootTimeout)
-	case err != nil:
-		r = Failed(err)
-	case outcome == vmm.PowerOff, outcome == vmm.Reboot:
-		r.ExitCode = ExitPowerOff
-	case outcome == vmm.Panic:
-		r.ExitCode = ExitGuest
-		r.Message = "the guest's kernel panicked; its console says why"
-	case outcome == vmm.TripleFault:
-		r.ExitCode = ExitGuest
-		r.Message = "the guest's processor gave up (triple fault)"
+		also = errors.Join(e.err, also)
+	case errors.As(e.err, &killed):
+		r.Outcome, r.ExitCode = outcomeKilled, exitSignal+int(killed.signal)
+		r.Message = killed.Error()
+	case errors.Is(e.err, errTimeout):
+		r.Outcome, r.ExitCode = outcomeTimeout, ExitTimeout
+		r.Message = fmt.Sprintf("timeout: the run had not ended after %v and was ended", cfg.VM.Timeout)
+	case e.ran:
+		r.Outcome, r.ExitCode = outcomeError, ExitGuest
+		r.Message = fmt.Sprintf("the guest was ended by an error: %v", e.err)
 	default:
-		r = Failed(fmt.Errorf("the run ended in an unknown way (%v)", outcome))
+		r = Failed(e.err)
+	}
+	if also != nil {
+		r.Message += "; " + strings.ReplaceAll(also.Error(), "\n", "; ")
 	}
 	return r
 }
