@@ -18,6 +18,10 @@ const (
 
 	availNoInterrupt = 1 // VIRTQ_AVAIL_F_NO_INTERRUPT
 	usedNoNotify     = 1 // VIRTQ_USED_F_NO_NOTIFY
+
+	// maxMalformed is the most chains one Pop refuses: each may cost as many
+	// steps as the queue has descriptors.
+	maxMalformed = 16
 )
 
 // QueueConfig is what a driver has chosen for a queue by the time it enables
@@ -165,8 +169,11 @@ func (q *Queue) Stats() QueueStats {
 // counts it, and goes on with the next, so Publish must be called even if no
 // chain came (B10). Damage to the ring itself breaks the queue: it is reported
 // to the transport once, and Pop finds nothing from then on (P22).
+//
+// So that its caller stays in command, Pop returns after maxMalformed such chains
+// in a row. It then reports that there is none, but Rearm that there are more.
 func (q *Queue) Pop(c *Chain) bool {
-	for q.err == nil {
+	for refused := 0; q.err == nil && refused < maxMalformed; {
 		if q.lastAvail == q.availIdx && !q.readAvailIdx() {
 			return false
 		}
@@ -185,6 +192,7 @@ func (q *Queue) Pop(c *Chain) bool {
 		if err := q.walk(c, head); err != nil {
 			q.stats.malformed.Add(1)
 			q.push(head, 0)
+			refused++
 			continue
 		}
 		return true

@@ -774,3 +774,27 @@ func checkChain(t *testing.T, c *virtio.Chain, size int) {
 	c.TakeReadable(make([]byte, 16))
 	c.TakeStatus()
 }
+
+// TestMalformedBound fills a queue with malformed chains: one Pop refuses some,
+// and Rearm says that there are more (V17).
+func TestMalformedBound(t *testing.T) {
+	const size, bound = 64, 16
+	r := newRig(t, size, 0)
+	for i := range uint16(size) {
+		r.SetDesc(int(i), 0x10_0000, 1, virtiotest.Next, (i+1)%size)
+		r.SetHead(i, i)
+	}
+	r.SetAvailIdx(size)
+	for refused := uint64(bound); refused <= size; refused += bound {
+		if r.q.Pop(&r.c) {
+			t.Fatal("a circle was taken for a chain")
+		}
+		r.q.Publish()
+		if got := r.q.Stats().Malformed; got != refused {
+			t.Fatalf("%d chains refused, want %d", got, refused)
+		}
+		if got, want := r.q.Rearm(), refused < size; got != want {
+			t.Fatalf("Rearm returned %t after %d of %d chains", got, refused, size)
+		}
+	}
+}
