@@ -28,7 +28,7 @@ var ErrLocked = errors.New("image is in use by another process")
 // lockImage takes the open-file-description locks of a reader or a writer of
 // the image fd. Closing fd gives them up.
 func lockImage(fd int, readOnly bool) error {
-	used := []int64{permRead, permWrite}
+	used := []int64{permRead, permWrite, permResize}
 	if readOnly {
 		used = used[:1]
 	}

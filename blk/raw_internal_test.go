@@ -110,3 +110,25 @@ func TestZeroFallback(t *testing.T) {
 		})
 	}
 }
+
+// TestWriterMayResize asks as QEMU would whether a disk that can grow says so.
+func TestWriterMayResize(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk.raw")
+	if err := os.WriteFile(path, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d, err := OpenRaw(path, RawOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd, err := openFile(path, unix.O_RDWR|unix.O_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := refuse(fd, lockUsed+permResize, "taken"); !errors.Is(err, ErrLocked) {
+		t.Errorf("got %v, want ErrLocked", err)
+	}
+	if err := errors.Join(unix.Close(fd), d.Close()); err != nil {
+		t.Error(err)
+	}
+}
