@@ -29,15 +29,12 @@ func (m *Image) refill() error {
 		return nil // another caller was faster
 	}
 	found, err := r.search()
-	if err != nil {
-		return err
-	}
 	m.lock()
 	defer m.mu.Unlock()
-	for _, e := range found {
+	for _, e := range found { // even if err is set: the cursor is past them
 		m.pool.put(e)
 	}
-	return nil
+	return err
 }
 
 // checkFree is the last line of defence against an image whose counts lie: a
@@ -51,7 +48,8 @@ func (m *Image) checkFree(e extent) error {
 	return nil
 }
 
-// search moves the cursor until it has found some free clusters. mu is held.
+// search moves the cursor until it has found some free clusters. It returns those
+// it found before an error too. mu is held.
 func (r *refcounts) search() ([]extent, error) {
 	var found []extent
 	want := uint64(min(refillClusters, max(refillBytes>>r.img.clusterBits, 1)))
@@ -69,7 +67,7 @@ func (r *refcounts) search() ([]extent, error) {
 			err = r.growTable()
 		}
 		if err != nil {
-			return nil, err
+			return found, err
 		}
 	}
 	return found, nil
@@ -80,7 +78,7 @@ func (r *refcounts) search() ([]extent, error) {
 func (r *refcounts) searchSlice(found []extent, n uint64) ([]extent, uint64, error) {
 	s, err := r.slice(r.cursor)
 	if err != nil {
-		return nil, 0, err
+		return found, n, err
 	}
 	mask := uint64(1)<<r.perSlice() - 1
 	end := r.cursor | mask
