@@ -97,3 +97,23 @@ func TestQueueAfterFailedStart(t *testing.T) {
 		t.Error("a queue of a device that has not started is at work")
 	}
 }
+
+// TestWindowWidth accesses the PCI configuration window with another width than
+// it is set to, which must not reach the register (P12).
+func TestWindowWidth(t *testing.T) {
+	r := newRig(t, &echo{n: 1})
+	r.start(all)
+	at := r.Config(0x34, 1)
+	for r.Config(int(at), 1) != 9 || r.Config(int(at)+3, 1) != 5 {
+		at = r.Config(int(at)+1, 1)
+	}
+	window := uint16(at)
+	r.f.WriteConfig(window+4, []byte{0})
+	r.f.WriteConfig(window+8, []byte{0x14, 0, 0, 0}) // device_status
+	r.f.WriteConfig(window+12, []byte{1, 0, 0, 0})
+	if got := r.Config(int(window)+16, 4); got != 0 {
+		t.Errorf("4 bytes of a window of 1 read %#x, want 0", got)
+	}
+	r.f.WriteConfig(window+16, []byte{0, 0, 0, 0})
+	r.want("status", vt.Status, 1, dok)
+}

@@ -327,7 +327,7 @@ func (t *Transport) ReadConfig(off uint16, p []byte) {
 	defer t.mu.Unlock()
 	if int(off) == t.pciCap+capPCIData {
 		var data [capPCIWindow]byte
-		if bar, n, ok := t.windowLocked(); ok {
+		if bar, n, ok := t.windowLocked(); ok && n == len(p) {
 			t.readBARLocked(bar, data[:n])
 		}
 		copy(t.cfg.bytes[off:], data[:])
@@ -349,8 +349,8 @@ func (t *Transport) WriteConfig(off uint16, p []byte) {
 		t.syncDecodeLocked()
 	case lo < t.msixCap+msixCtrl+2 && hi > t.msixCap+msixCtrl:
 		t.complain("MSI-X", t.msix.setControl(t.cfg.uint16(t.msixCap+msixCtrl)))
-	case lo == t.pciCap+capPCIData:
-		if bar, n, ok := t.windowLocked(); ok {
+	case lo == t.pciCap+capPCIData: // P12: with the width that the window is set to
+		if bar, n, ok := t.windowLocked(); ok && n == len(p) {
 			t.writeBARLocked(bar, t.cfg.bytes[off:int(off)+n])
 		}
 	}
