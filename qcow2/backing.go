@@ -80,6 +80,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 	switch {
 	case opts.NoBacking:
 		refused.What = fmt.Sprintf("the image has the backing file %q, and backing files are not allowed here", name)
+		refused.Mend = fmt.Sprintf("make an image without one: qemu-img convert -O qcow2 %s NEW", shellWord(path))
 		return nil, refused
 	case hasProtocol(name):
 		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)

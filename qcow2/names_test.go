@@ -44,7 +44,9 @@ func TestHostileName(t *testing.T) {
 		_, err := Open(path, Options{})
 		check(err)
 		_, err = Open(path, Options{NoBacking: true})
-		check(err)
+		if s := check(err); !strings.Contains(s, "qemu-img convert -O qcow2 "+path+" NEW") {
+			t.Errorf("name %q: no mend in %s", name, s)
+		}
 		b, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
