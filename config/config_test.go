@@ -172,7 +172,7 @@ func TestValidateChecksPlainStructs(t *testing.T) {
 		"vm.memory must be a size from 32MiB to 16TiB, a multiple of 4KiB, not 4097",
 		"vm.timeout must be a duration",
 		"boot.cmdline must be a string of at most 2047 bytes of printable ASCII",
-		"disk.queue_size must be a power of two from 2 to 1024, not 3",
+		"disk.queue_size must be a power of two from 4 to 1024, not 3",
 		`disk.engine must be "auto" or "sync", not warp`,
 		"disk.path is missing",
 	} {

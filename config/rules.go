@@ -51,7 +51,7 @@ var rules = map[string]rule{
 	"disk.readonly":     {doc: "Whether the guest is kept from writing."},
 	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is."},
 	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
-	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 2, max: 1024, powerOfTwo: true},
+	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 4, max: 1024, powerOfTwo: true},
 	"disk.cache":        {doc: "Cache mode.", values: []string{"writeback"}, later: []string{"writethrough", "none", "unsafe"}},
 	"disk.engine":       {doc: "How requests reach the host.", values: []string{"auto", "sync"}, later: []string{"io_uring"}},
 	"disk.serial":       {doc: "Serial number that the guest sees.", max: 20, ascii: true},

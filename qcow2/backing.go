@@ -59,11 +59,11 @@ func (c *chain) enter(f *os.File, path string) error {
 	}
 	for _, above := range c.files {
 		if os.SameFile(fi, above) {
-			return &Error{Path: path, Kind: ErrCorrupt, What: "the image is its own backing file, through one or more others"}
+			return &Error{Path: path, Kind: ErrCorrupt, What: "the image is its own backing file, through one or more others", Mend: rebaseHint(path)}
 		}
 	}
 	if len(c.files) == maxLayers {
-		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers)}
+		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers), Mend: "merge some of its images with qemu-img commit"}
 	}
 	c.files = append(c.files, fi)
 	c.dir = ""
@@ -71,6 +71,11 @@ func (c *chain) enter(f *os.File, path string) error {
 		c.dir = filepath.Dir(own)
 	}
 	return nil
+}
+
+// rebaseHint tells how to name another backing file.
+func rebaseHint(path string) string {
+	return fmt.Sprintf("name another one with: qemu-img rebase -u -F FORMAT -b FILE %s (FORMAT is qcow2 or raw)", shellWord(path))
 }
 
 // openBacking opens name, the backing file that the image at path names, with
@@ -84,7 +89,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		return nil, refused
 	case hasProtocol(name):
 		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)
-		refused.Mend = fmt.Sprintf("name one with: qemu-img rebase -u -F FORMAT -b FILE %s", shellWord(path))
+		refused.Mend = rebaseHint(path)
 		return nil, refused
 	case format == "":
 		refused.What = fmt.Sprintf("the image does not say which format its backing file %q has", name)
@@ -94,6 +99,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		return nil, &Error{
 			Path: path, Kind: ErrUnsupported,
 			What: fmt.Sprintf("the format %q of the backing file %q is not supported (qcow2 and raw are)", format, name),
+			Mend: rebaseHint(path),
 		}
 	}
 	target := name

@@ -104,7 +104,7 @@ func parseHeader(b []byte) (*header, error) {
 		return h, nil
 	case 3:
 	default:
-		return nil, &Error{Kind: ErrUnsupported, What: fmt.Sprintf("QCOW2 version %d is not supported (2 and 3 are)", h.version)}
+		return nil, unsupported(fmt.Sprintf("QCOW2 version %d", h.version), "")
 	}
 	if len(b) < headerLengthV3 {
 		return nil, corruptf("the header is cut off after %d bytes", len(b))
@@ -216,7 +216,7 @@ func (h *header) checkFeatures(names featureNames) error {
 		return unsupported(fmt.Sprintf("encryption method %d", h.crypt), "")
 	}
 	if h.incompat(incompatDataFile) {
-		return unsupported("an external data file", "the default options")
+		return unsupported("an external data file", "")
 	}
 	if h.incompat(incompatExtendedL2) {
 		return unsupported("the feature \"extended L2 entries\"", "-o extended_l2=off")
@@ -243,12 +243,16 @@ func (h *header) checkWritable(path string) error {
 	return nil
 }
 
-func unsupported(what, convert string) error {
-	e := &Error{Kind: ErrUnsupported, What: what + " is not supported"}
-	if convert != "" {
-		e.Mend = "to have an image without it, run: qemu-img convert -O qcow2 with " + convert
+// unsupported refuses what by name. options are those of qemu-img convert that
+// make an image without it, where the default ones do not.
+func unsupported(what, options string) error {
+	if options != "" {
+		options += " "
 	}
-	return e
+	return &Error{
+		Kind: ErrUnsupported, What: what + " is not supported",
+		Mend: "to have an image without it, run: qemu-img convert -O qcow2 " + options + "FILE NEW",
+	}
 }
 
 // l1Entries is the number of L1 entries that cover size bytes.
