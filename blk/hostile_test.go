@@ -64,7 +64,7 @@ func TestHostileMemory(t *testing.T) {
 				ring.SetDesc(i, table, 48, vt.Indirect, 0)
 				ring.SetHead(*at+uint16(i), uint16(i))
 			}
-			*at += uint16(1 + rnd.IntN(size))
+			*at += uint16(1 + rnd.IntN(size)) //nolint:govet // unusedwrite: it is read in a later round
 			ring.SetAvailIdx(*at)
 			ring.Kick()
 			r.d.DeviceConfig(guest.GPA(rnd.IntN(64)), 4)

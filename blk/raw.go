@@ -200,7 +200,7 @@ func inRange(iov [][]byte, off, size int64) bool {
 	if off < 0 || off > size {
 		return false
 	}
-	left := uint64(size - off)
+	left := uint64(size - off) //nolint:gosec // G115: off lies within size
 	for _, b := range iov {
 		if uint64(len(b)) > left {
 			return false

@@ -37,7 +37,7 @@ func (v *vector) empty() bool { return len(v.left) == 0 }
 func (v *vector) call(call uintptr, fd int, off int64) (n int, err error) {
 	// The second half of the offset is ignored where a long has 64 bits.
 	r, _, e := unix.Syscall6(call, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(v.left))),
-		uintptr(len(v.left)), uintptr(off), 0, 0)
+		uintptr(len(v.left)), uintptr(off), 0, 0) //nolint:gosec // G115: an offset in a file
 	if e != 0 {
 		return 0, e
 	}
@@ -53,7 +53,7 @@ func (v *vector) advance(n int) {
 			e.Len -= uint64(n)
 			return
 		}
-		n -= int(e.Len)
+		n -= int(e.Len) //nolint:gosec // G115: at most n
 		v.left = v.left[1:]
 	}
 }

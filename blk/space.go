@@ -33,7 +33,7 @@ func (d *Device) initSpace() {
 	// A request has a header and a status beside its segments.
 	le.PutUint32(d.space[cfgSegMax:], uint32(d.cfg.QueueSize)-2)
 	le.PutUint32(d.space[cfgBlkSize:], d.cfg.BlockSize)
-	le.PutUint16(d.space[cfgNumQueues:], uint16(len(d.queues)))
+	le.PutUint16(d.space[cfgNumQueues:], uint16(len(d.queues))) //nolint:gosec // G115: at most maxQueues
 	if disk, ok := d.cfg.Disk.(Hinter); ok {
 		d.features |= 1 << featureTopology
 		d.initTopology(disk.IOHints())

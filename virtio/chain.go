@@ -94,7 +94,7 @@ type desc struct {
 }
 
 func makeDesc(lo, hi uint64) desc {
-	return desc{addr: guest.GPA(lo), len: uint32(hi), flags: uint16(hi >> 32), next: uint16(hi >> 48)}
+	return desc{addr: guest.GPA(lo), len: uint32(hi), flags: uint16(hi >> 32), next: uint16(hi >> 48)} //nolint:gosec // G115: the fields of the word
 }
 
 // The ways in which a chain can be malformed. They are values so that refusing

@@ -29,7 +29,7 @@ func word(b []byte, off int) (w *uint32, shift uint) {
 // load16 loads the 16 bits at b[off:] with acquire order.
 func load16(b []byte, off int) uint16 {
 	w, shift := word(b, off)
-	return uint16(atomic.LoadUint32(w) >> shift)
+	return uint16(atomic.LoadUint32(w) >> shift) //nolint:gosec // G115: one half of the word
 }
 
 // store16 stores v to the 16 bits at b[off:], leaving the bits beside them as

@@ -65,7 +65,7 @@ func (e exitError) Error() string { return e.message }
 // complain writes each line of a message under calf's name.
 func complain(w io.Writer, message string) {
 	for line := range strings.Lines(message) {
-		fmt.Fprintf(w, "calf: %s\n", strings.TrimSuffix(line, "\n"))
+		_, _ = fmt.Fprintf(w, "calf: %s\n", strings.TrimSuffix(line, "\n")) // There is nowhere else to complain.
 	}
 }
 

@@ -68,8 +68,8 @@ func (g *gate) await(fd int, events int16, limit time.Duration) (bool, error) {
 			return false, errAborted // g.fd may be closed by now
 		}
 		fds := []unix.PollFd{
-			{Fd: int32(g.fd), Events: unix.POLLIN},
-			{Fd: int32(fd), Events: events},
+			{Fd: int32(g.fd), Events: unix.POLLIN}, //nolint:gosec // G115: a descriptor
+			{Fd: int32(fd), Events: events},        //nolint:gosec // G115: a descriptor
 		}
 		_, err := unix.Poll(fds, int(limit.Milliseconds()))
 		switch {

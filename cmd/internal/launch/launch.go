@@ -216,13 +216,14 @@ func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.
 	}
 }
 
-// announce says what the user has to know about the console.
+// announce says what the user has to know about the console. A message that
+// cannot be written keeps no guest from running.
 func announce(w io.Writer, c *console.Console) {
 	switch {
 	case c.Name != "":
-		fmt.Fprintf(w, "calf: the guest's console is %s\n", c.Name)
+		_, _ = fmt.Fprintf(w, "calf: the guest's console is %s\n", c.Name)
 	case c.Escape:
-		fmt.Fprintf(w, "calf: Ctrl-A x ends the guest, Ctrl-A Ctrl-A sends Ctrl-A\n")
+		_, _ = fmt.Fprintf(w, "calf: Ctrl-A x ends the guest, Ctrl-A Ctrl-A sends Ctrl-A\n")
 	}
 }
 
