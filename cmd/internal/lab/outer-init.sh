@@ -12,13 +12,13 @@ while read -r module; do
 done </modules/order
 # A processor that waits for an interrupt must not spin: it is the only one.
 echo 0 >/sys/module/kvm/parameters/halt_poll_ns
-mount -t ext4 -o noatime /dev/vda /root
-mount -t ext4 -o noatime /dev/vdb /root/lab
+mount -t ext4 -o noatime /dev/vda /mnt
+mount -t ext4 -o noatime /dev/vdb /mnt/lab
 for dir in dev proc sys; do
-	mount -o move "/$dir" "/root/$dir"
+	mount -o move "/$dir" "/mnt/$dir"
 done
-mount -t tmpfs tmp /root/tmp
-mkdir /root/dev/shm
-mount -t tmpfs shm /root/dev/shm
+mount -t tmpfs tmp /mnt/tmp
+mkdir /mnt/dev/shm
+mount -t tmpfs shm /mnt/dev/shm
 ip link set lo up
-CALF_LAB=init LD_LIBRARY_PATH=/lab/lib exec switch_root /root /lab/bin/lab
+CALF_LAB=init LD_LIBRARY_PATH=/lab/lib exec switch_root /mnt /lab/bin/lab
