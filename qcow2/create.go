@@ -29,6 +29,10 @@ type CreateOptions struct {
 	BackingFile string
 	// BackingFormat is "qcow2" or "raw". It must be given with BackingFile.
 	BackingFormat string
+	// ExtendedL2 divides each cluster into 32 subclusters that are allocated
+	// one by one, at the price of L2 tables twice as large. It takes clusters
+	// of at least 16 KiB and version 3.
+	ExtendedL2 bool
 }
 
 const (
@@ -72,7 +76,7 @@ func (o *CreateOptions) header() (*header, error) {
 	if err != nil {
 		return nil, err
 	}
-	l1 := l1Entries(h.size, h.clusterBits)
+	l1 := h.l1Entries(h.size)
 	if l1*8 > maxL1Bytes {
 		return nil, invalidOption("a disk of %d bytes is too large for clusters of %d bytes", o.Size, 1<<h.clusterBits)
 	}
@@ -119,6 +123,10 @@ func (o *CreateOptions) format() (*header, error) {
 		return nil, invalidOption("reference counts of %d bits are no power of two from 1 to 64", refBits)
 	case version == 2 && refBits != defaultRefcountBits:
 		return nil, invalidOption("version 2 of the format has reference counts of 16 bits only")
+	case o.ExtendedL2 && version == 2:
+		return nil, invalidOption("version 2 of the format has no extended L2 entries")
+	case o.ExtendedL2 && cs < 1<<minExtendedBits:
+		return nil, invalidOption("extended L2 entries take clusters of at least 16384 bytes, not %d", cs)
 	case (o.BackingFile == "") != (o.BackingFormat == ""):
 		return nil, invalidOption("a backing file and its format go together")
 	case o.BackingFile != "" && o.BackingFormat != "qcow2" && o.BackingFormat != "raw":
@@ -133,6 +141,9 @@ func (o *CreateOptions) format() (*header, error) {
 	}
 	if version == 3 {
 		h.length = headerLengthOur
+	}
+	if o.ExtendedL2 {
+		h.incompatible |= 1 << incompatExtendedL2
 	}
 	return h, nil
 }
@@ -172,6 +183,7 @@ func (h *header) encode(o CreateOptions) ([]byte, error) {
 	be.PutUint64(b[offRefTable:], h.refTableOffset)
 	be.PutUint32(b[56:], h.refTableClusters)
 	if h.version == 3 {
+		be.PutUint64(b[offIncompatible:], h.incompatible)
 		be.PutUint32(b[96:], h.refcountOrder)
 		be.PutUint32(b[100:], h.length)
 	}

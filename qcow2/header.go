@@ -12,6 +12,7 @@ const (
 	magic = 0x514649fb // "QFI\xfb"
 
 	minClusterBits  = 9
+	minExtendedBits = 14 // of extended L2 entries, whose 32 subclusters are sectors at least
 	maxClusterBits  = 21
 	maxL1Bytes      = 32 << 20
 	maxRefTable     = 8 << 20 // bytes
@@ -164,7 +165,7 @@ func (h *header) validateTables(fileSize int64) error {
 	if uint64(h.l1Size)*8 > maxL1Bytes {
 		return corruptf("the L1 table of %d entries is larger than 32 MiB", h.l1Size)
 	}
-	if need := l1Entries(h.size, h.clusterBits); uint64(h.l1Size) < need {
+	if need := h.l1Entries(h.size); uint64(h.l1Size) < need {
 		return corruptf("the L1 table of %d entries is too small for the disk size, which needs %d", h.l1Size, need)
 	}
 	if h.l1Size > 0 {
@@ -256,8 +257,11 @@ func unsupported(what, options string) error {
 }
 
 // l1Entries is the number of L1 entries that cover size bytes.
-func l1Entries(size uint64, clusterBits uint32) uint64 {
-	shift := clusterBits + clusterBits - 3 // bytes that one L2 table covers
+func (h *header) l1Entries(size uint64) uint64 {
+	shift := h.clusterBits + h.clusterBits - 3 // bytes that one L2 table covers
+	if h.incompat(incompatExtendedL2) {
+		shift-- // its entries are twice as long
+	}
 	return size>>shift + b2u(size&(1<<shift-1) != 0)
 }
 

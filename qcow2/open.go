@@ -165,7 +165,7 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	entries := uint64(h.l1Size)
 	if m.readOnly {
 		// A reader uses no more, and a writer has to know all L2 tables.
-		entries = l1Entries(h.size, h.clusterBits)
+		entries = h.l1Entries(h.size)
 	}
 	if m.l1, err = m.loadTable(h.l1Offset, int64(entries)*8); err != nil { //nolint:gosec // G115: at most h.l1Size, validated
 		return err

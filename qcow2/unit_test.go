@@ -53,6 +53,8 @@ func TestCreateOptions(t *testing.T) {
 		{CreateOptions{BackingFile: strings.Repeat("x", 1024), BackingFormat: "raw"}, "too long"},
 		{CreateOptions{BackingFile: strings.Repeat("x", 500), BackingFormat: "raw", ClusterSize: 512}, "too long"},
 		{CreateOptions{Size: 1<<37 + 1, ClusterSize: 512}, "too large"},
+		{CreateOptions{ExtendedL2: true, Version: 2}, "no extended L2"},
+		{CreateOptions{ExtendedL2: true, ClusterSize: 8 << 10}, "at least 16384"},
 	} {
 		path := t.TempDir() + "/disk.qcow2"
 		err := Create(path, c.opts)
