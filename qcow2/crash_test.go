@@ -184,16 +184,14 @@ func (run *crashRun) states(r *rand.Rand, subsets int, check func(state) bool) i
 	}
 	for k, e := range log {
 		switch e.kind {
-		case evWrite:
-			prefix = apply(prefix, e.data, e.off)
+		case evWrite, evTruncate:
+			prefix = e.apply(prefix)
 			if !emit(k+1, "prefix", prefix) {
 				return n
 			}
 		case evSyncEnd:
 			for _, e := range log[base:e.sync] {
-				if e.kind == evWrite {
-					durable = apply(durable, e.data, e.off)
-				}
+				durable = e.apply(durable)
 			}
 			base = e.sync
 		}
@@ -202,7 +200,7 @@ func (run *crashRun) states(r *rand.Rand, subsets int, check func(state) bool) i
 		}
 		var pending []event
 		for _, p := range log[base : k+1] {
-			if p.kind == evWrite {
+			if p.changes() {
 				pending = append(pending, p)
 			}
 		}
@@ -216,6 +214,9 @@ func (run *crashRun) states(r *rand.Rand, subsets int, check func(state) bool) i
 			for i, p := range pending {
 				if mode == 0 && i != alone || mode == 1 && i == alone {
 					continue
+				}
+				if p.kind == evTruncate && (mode < 2 || r.IntN(2) == 0) {
+					data = p.apply(data)
 				}
 				for off := 0; off < len(p.data); {
 					cut := min(off+sector-int(p.off+int64(off))%sector, len(p.data))

@@ -22,6 +22,9 @@ type file interface {
 	// their space back, without changing the size. Where that is impossible
 	// the error is EOPNOTSUPP.
 	Punch(off, n int64) error
+	// Allocate reserves room on the host for the n bytes at off, at least one,
+	// and extends the file to their end. It does not change what they hold.
+	Allocate(off, n int64) error
 	// Truncate sets the length in bytes.
 	Truncate(size int64) error
 	// Size is the length in bytes.
@@ -49,8 +52,14 @@ func (o *osFile) Fdatasync() error {
 }
 
 func (o *osFile) Punch(off, n int64) error {
+	return o.fallocate(unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+}
+
+func (o *osFile) Allocate(off, n int64) error { return o.fallocate(0, off, n) }
+
+func (o *osFile) fallocate(mode uint32, off, n int64) error {
 	for {
-		err := unix.Fallocate(o.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+		err := unix.Fallocate(o.fd, mode, off, n)
 		if !errors.Is(err, unix.EINTR) {
 			return os.NewSyscallError("fallocate", err)
 		}

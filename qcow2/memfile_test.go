@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"errors"
 	"sync"
 	"syscall"
 )
@@ -29,7 +28,8 @@ const maxMemFile = 64 << 20
 type eventKind uint8
 
 const (
-	evWrite eventKind = iota
+	evWrite    eventKind = iota
+	evTruncate           // to off bytes
 	evSyncBegin
 	evSyncEnd
 	evMark // of the test; see note
@@ -99,6 +99,20 @@ func apply(image, b []byte, off int64) []byte {
 	return image
 }
 
+// changes reports whether the event changes the file.
+func (e event) changes() bool { return e.kind == evWrite || e.kind == evTruncate }
+
+// apply does to the image what the event did to the file, and returns it.
+func (e event) apply(image []byte) []byte {
+	switch e.kind {
+	case evWrite:
+		return apply(image, e.data, e.off)
+	case evTruncate:
+		return truncate(image, e.off)
+	}
+	return image
+}
+
 func (f *memFile) Fdatasync() error {
 	f.mu.Lock()
 	f.syncs++
@@ -146,17 +160,43 @@ func (f *memFile) Punch(off, n int64) error {
 	return err
 }
 
+// Allocate has nothing to reserve but may fail.
+func (f *memFile) Allocate(off, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.check("allocate"); err != nil {
+		return err
+	}
+	size := max(off+n, int64(len(f.data)))
+	if size > maxMemFile {
+		return syscall.EFBIG
+	}
+	f.data = truncate(f.data, size)
+	return nil
+}
+
 func (f *memFile) Truncate(size int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err := f.check("truncate"); err != nil {
 		return err
 	}
-	if size < int64(len(f.data)) {
-		return errors.New("memFile does not shrink")
+	if size > maxMemFile {
+		return syscall.EFBIG
 	}
-	f.data = append(f.data, make([]byte, size-int64(len(f.data)))...)
+	f.data = truncate(f.data, size)
+	if f.rec {
+		f.log = append(f.log, event{kind: evTruncate, off: size})
+	}
 	return nil
+}
+
+// truncate makes the image size bytes long and returns it.
+func truncate(image []byte, size int64) []byte {
+	if size <= int64(len(image)) {
+		return image[:size]
+	}
+	return append(image, make([]byte, size-int64(len(image)))...)
 }
 
 func (f *memFile) Size() (int64, error) {
