@@ -61,6 +61,9 @@ type Config struct {
 	// guest does not turn the write cache on itself. Without it the guest
 	// starts with the cache on and flushes.
 	WriteThrough bool
+	// Unsafe acknowledges flushes without doing them. A crash of the host, or of
+	// this process, then takes more than the guest expects with it.
+	Unsafe bool
 	// ByteRate bounds the bytes per second that the guest reads, writes and
 	// zeroes, and OpRate its requests of any kind, over all queues together.
 	ByteRate, OpRate Rate
@@ -98,7 +101,7 @@ const (
 var ErrConfig = errors.New("blk: impossible configuration")
 
 // Device is a virtio block device. It is a virtio.Device; a transport drives
-// it. Stats and Resume are safe for concurrent use with all else.
+// it. Stats, Resume and Pause are safe for concurrent use with all else.
 type Device struct {
 	cfg      Config
 	features uint64
@@ -113,7 +116,8 @@ type Device struct {
 
 	rates rates
 
-	halted atomic.Bool // by ErrorStop; read by the workers before each request
+	halted atomic.Bool  // by ErrorStop; read by the workers before each request
+	paused atomic.Int32 // calls of Pause that have not been ended; likewise
 
 	negotiated uint64 // features; written only while there are no workers
 
@@ -121,11 +125,11 @@ type Device struct {
 	// the driver through the configuration space, read by the workers.
 	writeThrough atomic.Bool
 
-	// owed says that the cache has been turned off and what was in it is not
-	// yet stable. Written under owedMu, which is held while that is changed by
-	// a flush, and read by the workers before each request.
-	owed   atomic.Bool
-	owedMu sync.Mutex
+	// owed counts how often the cache has been turned off, and paid for how many
+	// of these what was in it is stable since. The workers compare them before
+	// each request; paid changes under payMu, which is held across the flush.
+	owed, paid atomic.Uint64
+	payMu      sync.Mutex
 
 	queues []queue // the slice itself is constant
 }
@@ -289,6 +293,35 @@ func (d *Device) Stop() {
 // requests that failed. If it is not stopped, nothing happens.
 func (d *Device) Resume() {
 	d.halted.Store(false)
+	d.kickWorkers()
+}
+
+// Pause lets no queue begin a request until resume is called, and returns once
+// those that had begun have been answered. The driver notices nothing but the
+// delay; a flush of the disk then covers everything that it has been told is
+// written. Several pauses may overlap. resume may be called again, which does
+// nothing.
+func (d *Device) Pause() (resume func()) {
+	d.paused.Add(1)
+	for i := range d.queues {
+		q := &d.queues[i]
+		q.mu.Lock()
+		w := q.worker
+		q.mu.Unlock()
+		if w != nil {
+			// A batch that begins after this sees the pause.
+			w.busy.Lock()
+			w.busy.Unlock() //nolint:staticcheck // SA2001: it was held by the batch under way
+		}
+	}
+	return sync.OnceFunc(func() {
+		d.paused.Add(-1)
+		d.kickWorkers()
+	})
+}
+
+// kickWorkers makes every worker look at its queue, and at the device.
+func (d *Device) kickWorkers() {
 	for i := range d.queues {
 		q := &d.queues[i]
 		q.mu.Lock()
@@ -297,6 +330,14 @@ func (d *Device) Resume() {
 		}
 		q.mu.Unlock()
 	}
+}
+
+// flush makes stable what the disk has been given.
+func (d *Device) flush() error {
+	if d.cfg.Unsafe {
+		return nil
+	}
+	return d.cfg.Disk.Flush()
 }
 
 // diskFailed logs an error of the disk, unless there have been too many, and

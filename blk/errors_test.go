@@ -245,41 +245,49 @@ func TestErrorStopReset(t *testing.T) {
 	})
 }
 
-// TestCacheOffFails turns the write cache off while the disk cannot flush: the
-// guest is never told that the cache is off, or else gets no answer, while what
-// it has written is not stable (B11).
+// TestCacheOffFails turns the write cache off while the disk cannot flush: until
+// it can, no write is answered as if it were stable (B11).
 func TestCacheOffFails(t *testing.T) {
-	begin := func(t *testing.T, cfg blk.Config, disk *failingDisk) (r *rig, writeback func() uint64, turnOff func()) {
+	begin := func(t *testing.T, cfg blk.Config, disk *failingDisk) *rig {
 		cfg.Disk = disk
-		r = newRig(t, cfg)
+		r := newRig(t, cfg)
 		r.start(allFeatures, 1, 16)
 		if code, _, _ := r.do(tOut, 0, make([]byte, 512)); code != sOK {
 			t.Fatalf("status %d", code)
 		}
 		disk.broken.Store(true)
-		writeback = func() uint64 { return r.d.DeviceConfig(0x20, 1) }
-		turnOff = func() { r.m.Write(bar+guest.GPA(r.d.Device.Offset)+0x20, 1, 0) }
-		turnOff()
-		return r, writeback, turnOff
+		r.m.Write(bar+guest.GPA(r.d.Device.Offset)+0x20, 1, 0)
+		if got := r.d.DeviceConfig(0x20, 1); got != 0 {
+			t.Errorf("writeback is %d, want 0", got)
+		}
+		return r
 	}
 	t.Run("report", func(t *testing.T) {
 		disk := newFailingDisk()
-		_, writeback, turnOff := begin(t, blk.Config{}, disk)
-		if got := writeback(); got != 1 {
-			t.Errorf("writeback is %d after a failed flush, want 1", got)
+		cause := disk.Fault
+		disk.Fault = func(op string, off int64) error {
+			if op != "flush" {
+				return nil
+			}
+			return cause(op, off)
+		}
+		r := begin(t, blk.Config{}, disk)
+		if code, _, _ := r.do(tIn, 0, make([]byte, 512)); code != sOK {
+			t.Errorf("a read has status %d", code)
+		}
+		if code, _, _ := r.do(tOut, 0, make([]byte, 512)); code != sIOErr {
+			t.Errorf("a write has status %d, want IOERR", code)
 		}
 		disk.broken.Store(false)
-		if turnOff(); writeback() != 0 {
-			t.Error("the cache cannot be turned off when the disk is sound again")
+		before := disk.Flushes()
+		if code, _, _ := r.do(tGetID, 0, make([]byte, 20)); code != sOK || disk.Flushes() != before+1 {
+			t.Errorf("status %d after %d flushes, want OK after the one that is owed", code, disk.Flushes()-before)
 		}
 	})
 	t.Run("stop", func(t *testing.T) {
 		disk, said := newFailingDisk(), &stops{}
-		r, writeback, _ := begin(t, blk.Config{OnError: blk.ErrorStop, Stopped: said.add}, disk)
+		r := begin(t, blk.Config{OnError: blk.ErrorStop, Stopped: said.add}, disk)
 		said.wait(t, 1)
-		if got := writeback(); got != 0 {
-			t.Errorf("writeback is %d, want 0", got)
-		}
 		r.dev.Resume() // too early
 		said.wait(t, 2)
 		disk.broken.Store(false)
@@ -292,4 +300,54 @@ func TestCacheOffFails(t *testing.T) {
 			t.Errorf("%d flushes before the next request completed, want 1", got)
 		}
 	})
+}
+
+// TestCacheOffDoesNotWait turns the write cache off of a disk whose flush takes
+// long: the vCPU that does it goes on, and no request is answered meanwhile.
+func TestCacheOffDoesNotWait(t *testing.T) {
+	disk := newThin(diskSize)
+	entered, release := make(chan struct{}, 1), make(chan struct{})
+	disk.Fault = func(op string, _ int64) error {
+		if op == "flush" {
+			entered <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	r := newRig(t, blk.Config{Disk: disk, Queues: 2})
+	r.start(allFeatures, 2, 16)
+	r.m.Write(bar+guest.GPA(r.d.Device.Offset)+0x20, 1, 0)
+	<-entered // by a worker, for the write to the register has returned
+	q := r.newRequest(tIn, 0, 512)
+	submit(t, r.d.Rings[1], q.bufs(true))
+	time.Sleep(5 * time.Millisecond)
+	if q.code() != sUntouched {
+		t.Error("a request was answered before the flush had ended")
+	}
+	close(release)
+	if r.wait(r.d.Rings[1]); q.code() != sOK {
+		t.Errorf("status %d", q.code())
+	}
+}
+
+// TestUnsafe checks that a device for which nothing has to survive flushes its
+// disk on no account.
+func TestUnsafe(t *testing.T) {
+	for name, mask := range map[string]uint64{"cache": allFeatures, "write-through": ^uint64(1 << fFlush)} {
+		t.Run(name, func(t *testing.T) {
+			disk := newThin(diskSize)
+			r := newRig(t, blk.Config{Disk: disk, Unsafe: true})
+			r.start(mask, 1, 16)
+			for _, kind := range []uint32{tOut, tFlush, tWriteZeroes} {
+				data := map[uint32][]byte{tOut: make([]byte, 512), tWriteZeroes: payload(seg{0, 8, 0})}[kind]
+				if code, _, _ := r.do(kind, 0, data); code != sOK {
+					t.Errorf("status %d of type %d", code, kind)
+				}
+			}
+			r.m.Write(bar+guest.GPA(r.d.Device.Offset)+0x20, 1, 0)
+			if code, _, _ := r.do(tOut, 0, make([]byte, 512)); code != sOK || disk.Flushes() != 0 {
+				t.Errorf("status %d, %d flushes; want OK, 0", code, disk.Flushes())
+			}
+		})
+	}
 }

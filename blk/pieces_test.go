@@ -101,3 +101,63 @@ func startLong(t *testing.T, kind uint32, d time.Duration) (*rig, *wideDisk, *re
 	<-disk.entered
 	return r, disk, q
 }
+
+// slowRanges is a Thin disk whose ranges take long, one piece of them at a time.
+type slowRanges struct {
+	wideDisk
+	begun atomic.Int64 // bytes of the pieces begun
+}
+
+func (d *slowRanges) DiscardGranularity() int64 { return 4096 }
+
+func (d *slowRanges) Discard(off, n int64) error {
+	if d.begun.Add(n); off%(32<<20) != 0 && d.calls.Load() > 0 {
+		d.t.Errorf("a piece begins at %#x, inside what a disk may have as a unit", off)
+	}
+	return d.ReadvAt([][]byte{nil}, d.next.Load())
+}
+
+func (d *slowRanges) WriteZeroes(off, n int64) error { return d.Discard(off, n) }
+func (d *slowRanges) PunchHole(off, n int64) error   { return d.Discard(off, n) }
+
+// TestStopInRange ends requests that act on ranges: a reset waits for a piece of
+// one, not for all that a guest asks for (P23).
+func TestStopInRange(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		kind    uint32
+		sectors uint32
+	}{{"DISCARD", tDiscard, 1 << 30 / 512}, {"WRITE_ZEROES", tWriteZeroes, 64 << 20 / 512}} {
+		for _, stop := range []bool{false, true} {
+			t.Run(c.name, func(t *testing.T) {
+				disk := &slowRanges{wideDisk: wideDisk{t: t, entered: make(chan struct{}), release: make(chan struct{}), duration: time.Millisecond}}
+				r := newRig(t, blk.Config{Disk: disk})
+				r.start(allFeatures, 1, 16)
+				data := payload(seg{0, c.sectors, 0})
+				q := r.newRequest(c.kind, 0, len(data))
+				copy(q.bytes(), data)
+				submit(t, r.d.Rings[0], q.bufs(false))
+				<-disk.entered
+				total := int64(c.sectors) * 512
+				if !stop {
+					close(disk.release)
+					if r.wait(r.d.Rings[0]); q.code() != sOK || disk.begun.Load() != total {
+						t.Errorf("status %#x after %d bytes, want OK after %d", q.code(), disk.begun.Load(), total)
+					}
+					return
+				}
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					r.t.Reset()
+				}()
+				time.Sleep(10 * time.Millisecond)
+				close(disk.release)
+				<-done
+				if disk.begun.Load() == total || q.code() != sUntouched {
+					t.Errorf("after a reset %d of %d bytes are done, status %#x; want part of it, untouched", disk.begun.Load(), total, q.code())
+				}
+			})
+		}
+	}
+}

@@ -19,11 +19,16 @@ const (
 	maxSegments = 32
 
 	flagUnmap = 1 // VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+
+	// maxRangePiece is the most bytes of a segment that are acted on without
+	// looking for a stop. Pieces end at multiples of it, which are multiples of
+	// any cluster or block size.
+	maxRangePiece = 32 << 20
 )
 
 // The segment lengths are multiples of any cluster or block size. A zeroed
-// segment is short enough that a disk which must write all the zeros delays
-// neither a reset nor other requests for long.
+// segment is short enough that a disk which must write all the zeros does not
+// delay other requests for long.
 var (
 	discardLimits = rangeLimits{sectors: 1 << 30 / SectorSize, segments: maxSegments}
 	zeroLimits    = rangeLimits{sectors: 64 << 20 / SectorSize, segments: 1, flags: flagUnmap}
@@ -62,12 +67,31 @@ func (d *Device) initRanges() {
 func (w *worker) discard(c *virtio.Chain, room uint64) (code byte) {
 	ranges, code := w.takeRanges(c, room, featureDiscard, &discardLimits)
 	for _, r := range ranges {
-		if err := w.dev.discard.Discard(r.span()); err != nil {
-			return w.dev.diskFailed("discard", r.sector, err)
+		if code := w.inPieces(r, "discard", w.dev.discard.Discard); code != statusOK {
+			return code
 		}
 		w.count.bytesDiscarded.Add(r.bytes)
 	}
 	return code
+}
+
+// inPieces does act on r, piece by piece: a stop waits for one of them at most
+// (P23), and leaves the request without an answer.
+func (w *worker) inPieces(r byteRange, op string, act func(off, n int64) error) (code byte) {
+	off, left := r.span()
+	for {
+		n := min(left, maxRangePiece-off%maxRangePiece)
+		if err := act(off, n); err != nil {
+			return w.dev.diskFailed(op, uint64(off)/SectorSize, err) //nolint:gosec // G115: on the disk
+		}
+		off += n
+		if left -= n; left == 0 {
+			return statusOK
+		}
+		if w.stopping.Load() {
+			return noStatus
+		}
+	}
 }
 
 // writeZeroes carries out a WRITE_ZEROES request. With or without the unmap
@@ -79,19 +103,16 @@ func (w *worker) writeZeroes(c *virtio.Chain, room uint64) (code byte) {
 	}
 	for _, r := range ranges {
 		w.dev.rates.spend(0, r.bytes)
-		if err := w.dev.zeroRange(r); err != nil {
-			return w.dev.diskFailed("write zeroes", r.sector, err)
+		act := w.dev.zero.WriteZeroes
+		if r.unmap && w.dev.punch {
+			act = w.dev.zero.PunchHole
+		}
+		if code := w.inPieces(r, "write zeroes", act); code != statusOK {
+			return code
 		}
 		w.count.bytesZeroed.Add(r.bytes)
 	}
 	return w.settle()
-}
-
-func (d *Device) zeroRange(r byteRange) error {
-	if r.unmap && d.punch {
-		return d.zero.PunchHole(r.span())
-	}
-	return d.zero.WriteZeroes(r.span())
 }
 
 // takeRanges reads the segments of a request of a feature and checks all of

@@ -79,41 +79,37 @@ func (d *Device) ReadConfig(off uint64, p []byte) {
 }
 
 // WriteConfig implements virtio.Device. Only writeback is writable, by a driver
-// that has taken CONFIG_WCE. Turning the cache off returns once everything in it
-// is stable: the driver will not flush any more (B11). If that fails, ErrorReport
-// leaves the cache on, where the driver can see it, and after ErrorStop no request
-// is served before the flush has been made up for.
+// that has taken CONFIG_WCE. Turning the cache off owes a flush of what is in it:
+// the driver will not flush any more (B11). The workers pay for it before they
+// answer another request, for here a vCPU waits.
 func (d *Device) WriteConfig(off uint64, p []byte) {
 	if d.negotiated&(1<<featureConfigWCE) == 0 || off > cfgWriteback || cfgWriteback-off >= uint64(len(p)) {
 		return
 	}
 	through := p[cfgWriteback-off] == 0
-	if d.writeThrough.Swap(through) == through || !through {
-		return
-	}
-	d.owedMu.Lock()
-	defer d.owedMu.Unlock()
-	if err := d.cfg.Disk.Flush(); err != nil {
-		stopped := d.diskFailed("flush", 0, err) == noStatus
-		d.owed.Store(stopped)
-		d.writeThrough.Store(stopped)
+	if d.writeThrough.Swap(through) != through && through {
+		d.owed.Add(1)
+		d.kickWorkers()
 	}
 }
 
 // payFlush makes up for a flush that WriteConfig owes. It reports false if the
-// device has stopped again.
+// device has stopped instead. Where errors are reported, what fails is whatever
+// has to be stable: the flush is owed until one succeeds, and a write that comes
+// meanwhile does not complete without one.
 func (d *Device) payFlush() bool {
-	if !d.owed.Load() {
+	if d.owed.Load() == d.paid.Load() {
 		return true
 	}
-	d.owedMu.Lock()
-	defer d.owedMu.Unlock()
-	if !d.owed.Load() {
+	d.payMu.Lock()
+	defer d.payMu.Unlock()
+	owed := d.owed.Load()
+	if owed == d.paid.Load() {
 		return true // another worker was faster
 	}
-	if err := d.cfg.Disk.Flush(); err != nil {
+	if err := d.flush(); err != nil {
 		return d.diskFailed("flush", 0, err) != noStatus
 	}
-	d.owed.Store(false)
+	d.paid.Store(owed)
 	return true
 }

@@ -3,6 +3,7 @@ package blk
 import (
 	"encoding/binary"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -41,7 +42,7 @@ const (
 )
 
 // worker serves one queue from StartQueue to StopQueue, in a goroutine of its
-// own that alone uses all fields but stopping, quit and done.
+// own that alone uses all fields but busy, stopping, quit and done.
 type worker struct {
 	dev   *Device
 	disk  Disk
@@ -54,6 +55,8 @@ type worker struct {
 	ranges [maxSegments]byteRange // of the request being served
 
 	timer *time.Timer // of pace
+
+	busy sync.Mutex // held while a batch is being served; see Device.Pause
 
 	stopping atomic.Bool
 	quit     chan struct{} // closed when stopping becomes true
@@ -116,7 +119,9 @@ func (w *worker) drain() {
 
 // resting reports whether the worker is to leave the queue alone, for good or
 // until it is kicked.
-func (w *worker) resting() bool { return w.stopping.Load() || w.dev.halted.Load() }
+func (w *worker) resting() bool {
+	return w.stopping.Load() || w.dev.halted.Load() || w.dev.paused.Load() > 0
+}
 
 // pace lets others run, and if the disk's rates are used up, for so long that
 // they are not, or until the worker is stopped. No request is in hand meanwhile:
@@ -139,6 +144,11 @@ func (w *worker) pace() {
 // batch serves some requests and publishes them together. It reports whether
 // there may be more.
 func (w *worker) batch() (more bool) {
+	w.busy.Lock()
+	defer w.busy.Unlock()
+	if w.resting() {
+		return true // perhaps
+	}
 	begin := time.Now()
 	before := begin
 	for range maxBatch {
@@ -327,7 +337,7 @@ func (w *worker) settle() (code byte) {
 }
 
 func (w *worker) flush() (code byte) {
-	if err := w.disk.Flush(); err != nil {
+	if err := w.dev.flush(); err != nil {
 		return w.dev.diskFailed("flush", 0, err)
 	}
 	return statusOK
