@@ -287,19 +287,22 @@ func (m *Image) Close() error {
 // second lowers the counts of what they pointed to. A corrupt image is left as
 // it is, and the error says so, because writes since the last flush are lost.
 func (m *Image) finish() error {
-	if err := m.commits.run(m.commit); err != nil {
-		if err = inFile(m.path, err); errors.Is(err, ErrCorrupt) {
-			m.setCorruptBit()
-		}
-		return err
+	err := m.commits.run(m.commit)
+	if err == nil && m.owesCounts() {
+		err = m.commits.run(m.commit)
 	}
+	if err = inFile(m.path, err); errors.Is(err, ErrCorrupt) {
+		m.setCorruptBit()
+	}
+	return err
+}
+
+// owesCounts reports whether a commit has counts to lower now that no request is
+// left.
+func (m *Image) owesCounts() bool {
 	m.mu.Lock()
+	defer m.mu.Unlock()
 	m.epochs.advance()
 	m.epochs.advance()
-	pending := len(m.released) > 0
-	m.mu.Unlock()
-	if !pending {
-		return nil
-	}
-	return inFile(m.path, m.commits.run(m.commit))
+	return len(m.released) > 0
 }

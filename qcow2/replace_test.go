@@ -22,6 +22,7 @@ func TestReplaceLies(t *testing.T) {
 		{"the reference count block", block, false},
 		{"an L2 table", uint64(l2), false},
 		{"the L1 table", 0x30000, false},
+		{"far away", 0x80000000000000, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b := append([]byte(nil), good...)

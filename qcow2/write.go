@@ -186,8 +186,8 @@ func (m *Image) checkReplaced(a *allocation) error {
 		}
 		first, n := m.hostClusters(old)
 		for h := first; h < first+n; h++ {
-			if k := m.meta.at(h); k != metaNone {
-				return corruptf("the L2 entry of guest offset %#x points to %#x, which holds the %s", m.offset(c), m.offset(h), k)
+			if err := m.checkData(m.offset(h)); err != nil {
+				return err
 			}
 			if h >= a.host.start && h < a.host.start+a.host.n {
 				return corruptf("the cluster at %#x is in use but has a reference count of zero", m.offset(h))
