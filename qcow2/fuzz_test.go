@@ -1,0 +1,450 @@
+package qcow2
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime/metrics"
+	"testing"
+	"time"
+)
+
+// The fuzzers start from small good images of every kind. What they make of them
+// is opened and used, and then these hold:
+//
+//   - it ends, in bounded memory, and never panics (fuzzRun.watch);
+//   - every error is an *Error that names the file, and after a corruption a
+//     writer has set the corrupt bit where the version has one (judge);
+//   - guest data and holes never reach a cluster that holds metadata (guard);
+//   - an image that nobody changed behaves as a disk, and ends without a
+//     corruption or a leak; one that was changed and yet checks as good ends
+//     without a corruption (finish).
+
+// fuzzSize is the size of the disks, in bytes.
+const fuzzSize = 256 << 10
+
+// fuzzImage is an image to start from.
+type fuzzImage struct {
+	data   []byte
+	under  []byte  // what lies under it; nil if nothing
+	tables []int64 // offsets of its metadata but the header, each at least 512 bytes
+	leaks  int64   // it has as soon as it was written to
+}
+
+// fuzzImages makes the images, always the same, for a corpus to stay good.
+func fuzzImages(t testing.TB) []fuzzImage {
+	t.Helper()
+	r := rand.New(rand.NewPCG(1, 2))
+	under := make([]byte, fuzzSize/2+1000)
+	fillRandom(r, under)
+	var images []fuzzImage
+	for _, c := range []struct {
+		options                          string
+		overlay, packed, snap, bitmapped bool
+	}{
+		{options: "compat=1.1,cluster_size=4k"},
+		{options: "compat=0.10,cluster_size=512", overlay: true},
+		{options: "compat=1.1,cluster_size=64k,refcount_bits=64"},
+		{options: "compat=1.1,cluster_size=1k,refcount_bits=1", overlay: true},
+		{options: "compat=1.1,cluster_size=4k", packed: true},
+		{options: "compat=1.1,cluster_size=4k,compression_type=zstd", packed: true, snap: true},
+		{options: "compat=1.1,cluster_size=4k", snap: true, bitmapped: true},
+		{options: "compat=0.10,cluster_size=4k", snap: true},
+		{options: "compat=1.1,cluster_size=16k,extended_l2=on", overlay: true},
+		{options: "compat=1.1,cluster_size=16k,extended_l2=on", packed: true, snap: true},
+	} {
+		path := filepath.Join(t.TempDir(), "disk.qcow2")
+		if c.packed {
+			b := make([]byte, fuzzSize)
+			copy(b[fuzzSize/3:], bytes.Repeat(under[:700], 40))
+			writeFile(t, path+".raw", b)
+			qemu(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", c.options, path+".raw", path)
+		} else {
+			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", c.options, path, "256k")
+		}
+		qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 1 0 40000", "-c", "write -P 2 100000 70000", path)
+		if c.snap {
+			qemu(t, "qemu-img", "snapshot", "-c", "first", path)
+			qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 3 20000 30000", path)
+			qemu(t, "qemu-img", "snapshot", "-c", "second", path)
+		}
+		if c.bitmapped {
+			qemu(t, "qemu-img", "bitmap", "--add", "-g", "4096", path, "dirty")
+			qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 4 8000 30000", path)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := fuzzImage{data: b}
+		if c.overlay {
+			i.under = under
+		}
+		if c.bitmapped {
+			i.leaks = 3
+		}
+		metadata(b, func(off, n int64) bool {
+			for ; n > 0 && off > 0; off, n = off+512, n-512 {
+				i.tables = append(i.tables, off)
+			}
+			return true
+		})
+		images = append(images, i)
+	}
+	return images
+}
+
+// metadata calls visit with the ranges of the metadata in b that its own tables
+// reach, until visit returns false. b may be broken: what does not fit into it
+// is left out.
+func metadata(b []byte, visit func(off, n int64) bool) {
+	be := binary.BigEndian
+	cs := int64(1) << be.Uint32(b[20:])
+	more := true
+	see := func(off uint64, n int64) []byte {
+		if !more || off > uint64(len(b)) {
+			return nil
+		}
+		n = min(n, int64(len(b))-int64(off))
+		more = visit(int64(off), n)
+		return b[off : int64(off)+n]
+	}
+	tables := func(list []byte, n int64) {
+		for ; more && len(list) >= 8; list = list[8:] {
+			if e := be.Uint64(list) & entryOffset; e != 0 {
+				see(e, n)
+			}
+		}
+	}
+	see(0, cs)
+	tables(see(be.Uint64(b[offRefTable:]), int64(be.Uint32(b[56:]))*cs), cs)
+	tables(see(be.Uint64(b[offL1Offset:]), int64(be.Uint32(b[36:]))*8), cs)
+	off := be.Uint64(b[64:])
+	for range be.Uint32(b[60:]) {
+		e := see(off, snapshotFixed)
+		if len(e) < snapshotFixed {
+			break
+		}
+		see(be.Uint64(e), int64(be.Uint32(e[8:]))*8)
+		off += (snapshotFixed + uint64(be.Uint16(e[12:])) + uint64(be.Uint16(e[14:])) + uint64(be.Uint32(e[36:])) + 7) &^ 7
+	}
+}
+
+// fuzzInput is the fuzzer's bytes, from which everything random is taken. Past
+// its end there are zeros.
+type fuzzInput []byte
+
+func (in *fuzzInput) uint(width int) uint64 {
+	var b [8]byte
+	n := copy(b[8-width:], *in)
+	*in = (*in)[n:]
+	return binary.BigEndian.Uint64(b[:])
+}
+
+// patch changes metadata of the image b by what is left of the input, as a broken
+// or a malicious program might: values of any kind, and pointers to anywhere in
+// the file.
+func (in *fuzzInput) patch(b []byte, tables []int64) {
+	const most = 32
+	bits := binary.BigEndian.Uint32(b[20:])
+	for range most {
+		if len(*in) == 0 {
+			return
+		}
+		how := in.uint(1)
+		off := min(tables[in.uint(1)%uint64(len(tables))]+int64(in.uint(2)%512), int64(len(b)-8))
+		v := in.uint(4)
+		switch how % 4 {
+		case 0: // any value
+			put(b, off&^7, 8, v<<32|in.uint(4))
+		case 1: // a pointer with any flags
+			put(b, off&^7, 8, v>>24<<56|v&0xffff%(uint64(len(b))>>bits+2)<<bits|v>>16&1)
+		case 2: // a byte
+			b[off] = byte(v)
+		case 3: // the entry of another place
+			from := min(tables[v>>16%uint64(len(tables))]+int64(v%64)*8, int64(len(b)-8))
+			copy(b[off&^7:][:8], b[from:][:8])
+		}
+	}
+}
+
+// fuzzRun is one use of an image.
+type fuzzRun struct {
+	t     *testing.T
+	f     *memFile
+	base  *fuzzImage
+	m     *Image
+	good  bool   // it checked without corruptions, and nothing failed since
+	model []byte // contents of the disk; nil if nobody knows them
+	buf   []byte // guest data; a write of it is known by its place in memory
+}
+
+// fuzzDeadline is longer than any run takes on a busy machine.
+const fuzzDeadline = time.Minute
+
+// fuzzMemory bounds what a run may allocate in all, in bytes. The largest tables
+// that a header may ask for take a quarter of it.
+const fuzzMemory = 512 << 20
+
+// fuzz uses the image b, which was made of base, as ops say.
+func fuzz(t *testing.T, base *fuzzImage, b []byte, changed bool, ops fuzzInput) {
+	f := &fuzzRun{t: t, f: &memFile{data: b}, base: base, buf: bytes.Repeat([]byte{0xa5}, 40000)}
+	defer f.watch()()
+	r, err := checkIn(t.Context(), &memFile{data: b}, "fuzz", CheckOptions{MemoryBytes: 16 << 20})
+	f.judge(inFile("fuzz", err))
+	f.good = err == nil && r.Corruptions == 0
+	start := append([]byte(nil), b...)
+	if f.open(Options{ReadOnly: true}) {
+		f.read(0, min(f.m.Size(), 4*fuzzSize))
+		f.judge(f.m.Close())
+	}
+	if !bytes.Equal(f.f.data, start) {
+		t.Error("a reader changed the image")
+	}
+	if !f.open(Options{}) {
+		return
+	}
+	if !changed {
+		f.model = f.read(0, f.m.Size())
+	}
+	const most = 64
+	for range most {
+		if len(ops) == 0 || !f.operate(&ops) {
+			break
+		}
+	}
+	f.finish(changed)
+}
+
+// watch ends the program if the run hangs. What it returns ends the watch and
+// measures the memory.
+func (f *fuzzRun) watch() func() {
+	timer := time.AfterFunc(fuzzDeadline, func() { panic("the run does not end") })
+	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
+	metrics.Read(sample)
+	before := sample[0].Value.Uint64()
+	return func() {
+		timer.Stop()
+		metrics.Read(sample)
+		if n := sample[0].Value.Uint64() - before; n > fuzzMemory {
+			f.t.Errorf("%d bytes were allocated", n)
+		}
+	}
+}
+
+// open opens the image. One that is refused is left as it was.
+func (f *fuzzRun) open(opts Options) bool {
+	before := append([]byte(nil), f.f.data...)
+	opts.NoBacking = true
+	var file file = f.f
+	if !opts.ReadOnly {
+		file = &guardFile{file: f.f, run: f}
+	}
+	m, err := openFile(file, "fuzz", opts, &chain{})
+	if err != nil {
+		f.judge(err)
+		if !bytes.Equal(before, f.f.data) {
+			f.t.Errorf("a refused image was changed: %v", err)
+		}
+		return false
+	}
+	if f.base.under != nil {
+		m.backing = &rawBacking{file: &memFile{data: f.base.under}, size: int64(len(f.base.under))}
+	}
+	f.m = m
+	return true
+}
+
+// judge notes the result of an operation.
+func (f *fuzzRun) judge(err error) {
+	if err == nil {
+		return
+	}
+	f.good = false
+	var e *Error
+	if !errors.As(err, &e) || e.Path != "fuzz" || e.What == "" {
+		f.t.Errorf("an error without a type or a name: %#v", err)
+	}
+	if f.model != nil {
+		f.t.Errorf("a good image: %v", err)
+	}
+	if f.m == nil || f.m.readOnly || f.m.version == 2 || !errors.Is(err, ErrCorrupt) {
+		return
+	}
+	if f.f.data[offIncompatible+7]>>incompatCorrupt&1 == 0 {
+		f.t.Errorf("the image is not marked corrupt after: %v", err)
+	}
+}
+
+func (f *fuzzRun) read(off, n int64) []byte {
+	got := make([]byte, n)
+	err := f.m.ReadvAt([][]byte{got[:n/3], got[n/3:]}, off)
+	f.judge(err)
+	if err == nil && f.model != nil && !bytes.Equal(got, f.model[off:off+n]) {
+		f.t.Errorf("%d bytes at %d differ", n, off)
+	}
+	return got
+}
+
+// operate takes one operation from the input and does it. It returns false if the
+// image is no longer open.
+func (f *fuzzRun) operate(in *fuzzInput) bool {
+	size := f.m.Size()
+	if size == 0 {
+		return false
+	}
+	how := in.uint(1)
+	off := int64(in.uint(3) % uint64(size))
+	n := min(1+int64(in.uint(2))%int64(len(f.buf)), size-off)
+	var err error
+	switch how % 8 {
+	case 0, 1:
+		if _, err = f.m.WriteAt(f.buf[:n], off); f.model != nil {
+			copy(f.model[off:], f.buf[:n])
+		}
+	case 2, 3, 4:
+		err = eraser(f.m, int(how%8-2))(off, n)
+		if how%8 == 4 {
+			off, n = discarded(f.m, off, n)
+		}
+		if f.model != nil {
+			clear(f.model[off : off+n])
+		}
+	case 5:
+		err = f.m.Flush()
+	case 6:
+		f.read(off, n)
+		for _, mapErr := range f.m.Map(off, n) {
+			f.judge(mapErr)
+		}
+	case 7:
+		f.judge(f.m.Close())
+		return f.open(Options{})
+	}
+	f.judge(err)
+	return true
+}
+
+// discarded returns the part of a range that a discard of it makes zero.
+func discarded(m *Image, off, n int64) (int64, int64) {
+	off, n = wholeClusters(m, off, n)
+	for ; n > 0 && m.version == 2 && m.showsBacking(off); off, n = off+m.clusterSize, n-m.clusterSize {
+	}
+	return off, max(n, 0)
+}
+
+// finish closes the image and checks what it has become.
+func (f *fuzzRun) finish(changed bool) {
+	if f.m.Size() == int64(len(f.model)) {
+		f.read(0, f.m.Size())
+	}
+	f.judge(f.m.Close())
+	if !f.good {
+		return
+	}
+	r, err := checkIn(f.t.Context(), &memFile{data: f.f.data}, "fuzz", CheckOptions{})
+	if err != nil || r.Corruptions > 0 || !changed && r.Leaks > f.base.leaks {
+		f.t.Errorf("at the end: %v %+v", err, r)
+	}
+}
+
+// guardFile sees to it that guest data and holes spare the metadata that the
+// tables in the file reach.
+type guardFile struct {
+	file
+	run *fuzzRun
+}
+
+func (g *guardFile) WritevAt(iov [][]byte, off int64) error {
+	at := off
+	for _, b := range iov {
+		if n := int64(len(b)); n > 0 && g.run.owns(b) {
+			g.check(at, n, "guest data")
+		}
+		at += int64(len(b))
+	}
+	return g.file.WritevAt(iov, off)
+}
+
+// owns reports whether b is a part of buf.
+func (f *fuzzRun) owns(b []byte) bool {
+	i := len(f.buf) - cap(b)
+	return i >= 0 && &f.buf[i] == &b[0]
+}
+
+func (g *guardFile) Punch(off, n int64) error {
+	g.check(off, n, "a hole")
+	return g.file.Punch(off, n)
+}
+
+func (g *guardFile) check(off, n int64, what string) {
+	g.run.f.mu.Lock()
+	defer g.run.f.mu.Unlock()
+	metadata(g.run.f.data, func(at, size int64) bool {
+		if at < off+n && off < at+size {
+			g.run.t.Errorf("%s at %#x, in the metadata at %#x", what, off, at)
+			return false
+		}
+		return true
+	})
+}
+
+// someOps is a seed: each kind of operation, over the first and the last clusters.
+var someOps = []byte{
+	0, 0, 0x10, 3, 0x90, 0, 5, 0, 0, 0, 0, 0, 2, 0, 0x20, 0, 0x40, 0, 3, 0, 0, 0, 0x40, 0,
+	4, 1, 0, 0, 0x9c, 0, 0, 1, 0x90, 0, 0x9c, 0x3f, 7, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x9c, 0x3f,
+	6, 0, 0, 0, 0x9c, 0x3f, 0, 3, 0xff, 0, 2, 0, 5, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0x9c, 0x3f, 5, 0, 0, 0, 0, 0,
+}
+
+// FuzzHeader replaces the beginning of the first cluster: header, extensions and
+// the name of the backing file.
+func FuzzHeader(f *testing.F) {
+	images := fuzzImages(f)
+	for i := range images {
+		f.Add(uint8(i), images[i].data[:512])
+	}
+	f.Fuzz(func(t *testing.T, i uint8, first []byte) {
+		base := &images[int(i)%len(images)]
+		b := append([]byte(nil), base.data...)
+		changed := !bytes.HasPrefix(b, first)
+		copy(b[:4096], first)
+		fuzz(t, base, b, changed, someOps)
+	})
+}
+
+// FuzzTables changes entries of all kinds of tables.
+func FuzzTables(f *testing.F) {
+	images := fuzzImages(f)
+	for i := range images {
+		f.Add(uint8(i), []byte{1, 0, 0, 0, 0x80, 0, 0, 3})
+		f.Add(uint8(i), []byte{0, 4, 0, 8, 0x40, 0, 0, 0, 0, 0, 0x30, 0, 3, 1, 0, 0, 0, 5, 0, 9})
+		f.Add(uint8(i), []byte{2, 2, 0, 9, 0, 0, 0, 0, 2, 1, 0, 2, 0, 0, 0, 0xff})
+	}
+	f.Fuzz(func(t *testing.T, i uint8, patches []byte) {
+		base := &images[int(i)%len(images)]
+		b := append([]byte(nil), base.data...)
+		in := fuzzInput(patches)
+		in.patch(b, base.tables)
+		fuzz(t, base, b, len(patches) > 0, someOps)
+	})
+}
+
+// FuzzOperations changes entries of tables, or none, and does what the input
+// says.
+func FuzzOperations(f *testing.F) {
+	images := fuzzImages(f)
+	for i := range images {
+		f.Add(uint8(i), []byte{}, someOps)
+		f.Add(uint8(i), []byte{1, 0, 0, 0, 0x80, 0, 0, 3}, someOps)
+	}
+	f.Fuzz(func(t *testing.T, i uint8, patches, ops []byte) {
+		base := &images[int(i)%len(images)]
+		b := append([]byte(nil), base.data...)
+		in := fuzzInput(patches)
+		in.patch(b, base.tables)
+		fuzz(t, base, b, len(patches) > 0, ops)
+	})
+}
