@@ -128,6 +128,19 @@ func parseHeader(b []byte) (*header, error) {
 // fileSize, the length of the file in bytes. No table has been read yet; after
 // it, every size that the header gives is bounded.
 func (h *header) validate(fileSize int64) error {
+	if err := h.validateFields(); err != nil {
+		return err
+	}
+	for _, table := range []func(int64) error{h.validateRefTable, h.validateL1, h.validateSnapshots} {
+		if err := table(fileSize); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// validateFields checks what does not concern a table.
+func (h *header) validateFields() error {
 	if h.clusterBits < minClusterBits || h.clusterBits > maxClusterBits {
 		return corruptf("cluster size 2^%d is outside 512 bytes to 2 MiB", h.clusterBits)
 	}
@@ -148,10 +161,10 @@ func (h *header) validate(fileSize int64) error {
 	case (h.compression != compressionDeflate) != h.incompat(incompatCompression):
 		return corruptf("the compression type %d contradicts the feature bit for it", h.compression)
 	}
-	return h.validateTables(fileSize)
+	return nil
 }
 
-func (h *header) validateTables(fileSize int64) error {
+func (h *header) validateRefTable(fileSize int64) error {
 	cs := uint64(1) << h.clusterBits
 	if h.refTableClusters == 0 {
 		return corruptf("the image has no reference count table")
@@ -159,9 +172,10 @@ func (h *header) validateTables(fileSize int64) error {
 	if uint64(h.refTableClusters)*cs > maxRefTable {
 		return corruptf("the reference count table of %d clusters is larger than 8 MiB", h.refTableClusters)
 	}
-	if err := h.checkTable("reference count table", h.refTableOffset, uint64(h.refTableClusters)*cs, fileSize); err != nil {
-		return err
-	}
+	return h.checkTable("reference count table", h.refTableOffset, uint64(h.refTableClusters)*cs, fileSize)
+}
+
+func (h *header) validateL1(fileSize int64) error {
 	if uint64(h.l1Size)*8 > maxL1Bytes {
 		return corruptf("the L1 table of %d entries is larger than 32 MiB", h.l1Size)
 	}
@@ -169,20 +183,28 @@ func (h *header) validateTables(fileSize int64) error {
 		return corruptf("the L1 table of %d entries is too small for the disk size, which needs %d", h.l1Size, need)
 	}
 	if h.l1Size > 0 {
-		if err := h.checkTable("L1 table", h.l1Offset, uint64(h.l1Size)*8, fileSize); err != nil {
-			return err
-		}
+		return h.checkTable("L1 table", h.l1Offset, uint64(h.l1Size)*8, fileSize)
 	}
+	return nil
+}
+
+func (h *header) validateSnapshots(fileSize int64) error {
 	if h.snapshots > maxSnapshots {
 		return corruptf("%d internal snapshots are more than %d", h.snapshots, maxSnapshots)
 	}
-	if h.snapshotsOffset%cs != 0 {
+	return h.placeSnapshots(h.snapshots, fileSize)
+}
+
+// placeSnapshots checks that a table of n snapshots may lie where the header
+// says.
+func (h *header) placeSnapshots(n uint32, fileSize int64) error {
+	if h.snapshotsOffset&(1<<h.clusterBits-1) != 0 {
 		return corruptf("the snapshot table at %#x is not aligned to a cluster", h.snapshotsOffset)
 	}
-	if h.snapshots > 0 {
-		return h.checkTable("snapshot table", h.snapshotsOffset, uint64(h.snapshots)*40, fileSize)
+	if n == 0 {
+		return nil
 	}
-	return nil
+	return h.checkTable("snapshot table", h.snapshotsOffset, uint64(n)*snapshotFixed, fileSize)
 }
 
 // checkTable checks that a table of n bytes may lie at off. Its beginning must
@@ -207,6 +229,17 @@ func (h *header) incompat(bit uint) bool { return h.incompatible>>bit&1 != 0 }
 // checkFeatures refuses by name what this package cannot do. names is the
 // feature name table of the image.
 func (h *header) checkFeatures(names featureNames) error {
+	if h.incompat(incompatDataFile) {
+		return unsupported("an external data file", "")
+	}
+	if h.incompat(incompatExtendedL2) {
+		return unsupported("the feature \"extended L2 entries\"", "-o extended_l2=off")
+	}
+	return h.checkKnown(names)
+}
+
+// checkKnown refuses by name what this package does not even know how to check.
+func (h *header) checkKnown(names featureNames) error {
 	switch h.crypt {
 	case 0:
 	case 1:
@@ -216,16 +249,10 @@ func (h *header) checkFeatures(names featureNames) error {
 	default:
 		return unsupported(fmt.Sprintf("encryption method %d", h.crypt), "")
 	}
-	if h.incompat(incompatDataFile) {
-		return unsupported("an external data file", "")
-	}
-	if h.incompat(incompatExtendedL2) {
-		return unsupported("the feature \"extended L2 entries\"", "-o extended_l2=off")
-	}
 	if h.compression > compressionZstd {
 		return unsupported(fmt.Sprintf("compression type %d", h.compression), "-o compression_type=zstd")
 	}
-	const known = 1<<incompatDirty | 1<<incompatCorrupt | 1<<incompatCompression
+	const known = 1<<incompatDirty | 1<<incompatCorrupt | 1<<incompatDataFile | 1<<incompatCompression | 1<<incompatExtendedL2
 	if unknown := h.incompatible &^ known; unknown != 0 {
 		bit := uint(bits.TrailingZeros64(unknown))
 		return unsupported(fmt.Sprintf("%s (incompatible feature bit %d)", names.of(featureIncompatible, bit), bit), "")

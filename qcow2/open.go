@@ -126,15 +126,21 @@ func (m *Image) load(opts Options, c *chain) error {
 }
 
 func (m *Image) loadHeader(fileSize int64) (*header, error) {
-	b := make([]byte, min(headerLengthOur, fileSize))
-	if err := readFull(m.file, b, 0); err != nil {
-		return nil, err
-	}
-	h, err := parseHeader(b)
+	h, err := m.readHeader(fileSize)
 	if err != nil {
 		return nil, err
 	}
 	return h, h.validate(fileSize)
+}
+
+// readHeader reads the fixed part of the header and checks only what decoding
+// it needs.
+func (m *Image) readHeader(fileSize int64) (*header, error) {
+	b := make([]byte, min(headerLengthOur, fileSize))
+	if err := readFull(m.file, b, 0); err != nil {
+		return nil, err
+	}
+	return parseHeader(b)
 }
 
 // loadTables sets up the image from its validated header and reads the L1 table
