@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestTrust names backing files in and outside of where they may be.
@@ -205,6 +207,32 @@ func TestScratch(t *testing.T) {
 		if after, err := os.ReadFile(base); err != nil || !bytes.Equal(after, before) {
 			t.Errorf("%s: the base was changed (%v)", format, err)
 		}
+	}
+}
+
+// TestUnnamedFile shows that a throw-away overlay never has a name where the
+// file system can do that, and that the other way leaves none either.
+func TestUnnamedFile(t *testing.T) {
+	dir := t.TempDir()
+	for name, make := range map[string]func(string) (*os.File, error){"unnamed": unnamedFile, "removed": removedFile} {
+		f, err := make(dir)
+		must(t, err)
+		if _, err := f.WriteAt([]byte("x"), 100); err != nil {
+			t.Error(err)
+		}
+		was, err := openPath(f)
+		must(t, err)
+		fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR, 0o600)
+		if err == nil {
+			must(t, unix.Close(fd))
+		}
+		if had := strings.Contains(was, "calf-scratch-"); had != (name == "removed" || err != nil) {
+			t.Errorf("%s: the file was %s (%v)", name, was, err)
+		}
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%s: left %v (%v)", name, left, err)
+		}
+		must(t, f.Close())
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -30,11 +31,21 @@ func qemu(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
+// create makes an image whose disk is exactly as large as opts say, as other
+// programs may make it.
 func create(t testing.TB, opts CreateOptions) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "disk.qcow2")
 	if err := Create(path, opts); err != nil {
 		t.Fatal(err)
+	}
+	if opts.Size%diskUnit != 0 {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(b, 24, 8, uint64(opts.Size))
+		writeFile(t, path, b)
 	}
 	return path
 }

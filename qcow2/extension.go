@@ -13,6 +13,7 @@ const (
 	extBackingFormat = 0xe2792aca
 	extFeatureNames  = 0x6803f857
 	extBitmaps       = 0x23852875
+	extDataFile      = 0x44415441
 )
 
 // Types of feature in the feature name table.

@@ -34,6 +34,7 @@ const (
 	compatLazyRefcounts = 0
 
 	autoclearBitmaps = 0
+	autoclearRawData = 1
 )
 
 // Offsets in the header of the fields that are rewritten in place. Each lies

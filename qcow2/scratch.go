@@ -4,6 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // OpenScratch opens the image at base, of the given format, "qcow2" or "raw",
@@ -47,29 +50,44 @@ func openUnnamed(dir string, size int64, opts Options) (*Image, error) {
 	if dir == "" {
 		dir = os.TempDir()
 	}
-	o := CreateOptions{Size: size}
-	h, err := o.header()
+	p, err := CreateOptions{Size: size}.plan()
 	if err != nil {
 		return nil, inFile(dir, err)
 	}
-	first, err := h.encode(o)
+	f, err := unnamedFile(dir)
 	if err != nil {
-		return nil, inFile(dir, err)
-	}
-	f, err := os.CreateTemp(dir, "calf-scratch-*.qcow2")
-	if err != nil {
-		return nil, &Error{Path: dir, What: "cannot create a throw-away overlay", Err: err}
+		return nil, &Error{Path: dir, What: "cannot create a throw-away overlay", Err: withoutPath(err)}
 	}
 	v := volatileFile{newOSFile(f)}
-	err = os.Remove(f.Name())
-	if err == nil {
-		err = writeImage(v, h, first)
-	}
-	if err != nil {
+	if err := p.write(v); err != nil {
 		return nil, inFile(f.Name(), errors.Join(err, f.Close()))
 	}
 	opts.ReadOnly = false
 	return openFile(v, f.Name(), opts, &chain{})
+}
+
+// unnamedFile opens a new file in dir that never has a name. What its Name
+// returns is for messages.
+func unnamedFile(dir string) (*os.File, error) {
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		// Not every file system can. What keeps this one from it otherwise
+		// keeps it from making a file with a name, too.
+		return removedFile(dir)
+	}
+	return os.NewFile(uintptr(fd), filepath.Join(dir, "calf-scratch.qcow2")), nil
+}
+
+// removedFile is unnamedFile with a file that has a name for a moment.
+func removedFile(dir string) (*os.File, error) {
+	f, err := os.CreateTemp(dir, "calf-scratch-*.qcow2")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // volatileFile is a file that nobody can open again. What it holds dies with the

@@ -50,19 +50,31 @@ func TestCreateOptions(t *testing.T) {
 		{CreateOptions{Version: 2, RefcountBits: 8}, "16 bits only"},
 		{CreateOptions{BackingFile: "x"}, "go together"},
 		{CreateOptions{BackingFile: "x", BackingFormat: "vmdk"}, `"vmdk"`},
-		{CreateOptions{BackingFile: strings.Repeat("x", 1024), BackingFormat: "raw"}, "too long"},
+		{CreateOptions{BackingFile: strings.Repeat("x", 1024), BackingFormat: "raw"}, "longer than 1023"},
 		{CreateOptions{BackingFile: strings.Repeat("x", 500), BackingFormat: "raw", ClusterSize: 512}, "too long"},
 		{CreateOptions{Size: 1<<37 + 1, ClusterSize: 512}, "too large"},
+		{CreateOptions{Size: 1<<63 - 1}, "too large"},
+		{CreateOptions{Size: 1 << 60, ClusterSize: 2 << 20, Preallocation: PreallocateMetadata, RefcountBits: 64}, "more reference counts"},
+		{CreateOptions{CompressionType: "lz4"}, `"lz4"`},
+		{CreateOptions{Preallocation: 4}, "preallocation 4"},
 		{CreateOptions{ExtendedL2: true, Version: 2}, "no extended L2"},
+		{CreateOptions{LazyRefcounts: true, Version: 2}, "no lazy"},
+		{CreateOptions{CompressionType: "zstd", Version: 2}, "but zlib"},
+		{CreateOptions{DataFile: "data", Version: 2}, "no external data"},
+		{CreateOptions{DataFile: "nbd://host/data"}, "plain name"},
+		{CreateOptions{DataFile: strings.Repeat("x", 500), ClusterSize: 512}, "too long"},
+		{CreateOptions{DataFileRaw: true}, "name of a data file"},
+		{CreateOptions{DataFile: "data", DataFileRaw: true, BackingFile: "x", BackingFormat: "raw"}, "cannot have a backing file"},
+		{CreateOptions{Preallocation: PreallocateFull, BackingFile: "x", BackingFormat: "raw"}, "takes extended L2"},
 		{CreateOptions{ExtendedL2: true, ClusterSize: 8 << 10}, "at least 16384"},
 	} {
-		path := t.TempDir() + "/disk.qcow2"
-		err := Create(path, c.opts)
+		dir := t.TempDir()
+		err := Create(dir+"/disk.qcow2", c.opts)
 		if !errors.Is(err, ErrInvalidOption) || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%+v: got %v", c.opts, err)
 		}
-		if _, err := os.Stat(path); !os.IsNotExist(err) {
-			t.Errorf("%+v: left a file", c.opts)
+		if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+			t.Errorf("%+v: left %v (%v)", c.opts, left, err)
 		}
 	}
 	path := create(t, CreateOptions{})
