@@ -55,7 +55,7 @@ type Config struct {
 	QueueSize uint16
 	// BlockSize is the logical block size in bytes that the guest sees: a
 	// power of 2 from 512 to 64 KiB that divides the size of the disk.
-	// 0 means 512.
+	// 0 means what the disk says if it is a BlockSizer, else 512.
 	BlockSize uint32
 	// WriteThrough makes a write stable before it completes, as long as the
 	// guest does not turn the write cache on itself. Without it the guest
@@ -186,6 +186,9 @@ func (c *Config) fillIn() error {
 	}
 	if c.BlockSize == 0 {
 		c.BlockSize = SectorSize
+		if disk, ok := c.Disk.(BlockSizer); ok {
+			c.BlockSize = uint32(disk.BlockSize()) //nolint:gosec // G115: checked below
+		}
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

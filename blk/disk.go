@@ -52,6 +52,15 @@ type ZeroWriter interface {
 	PunchHole(off, n int64) error
 }
 
+// BlockSizer is a Disk whose blocks are not sectors: whoever has put a partition
+// table on it has counted in them, and shorter writes may tear. A device finds
+// out when it is made.
+type BlockSizer interface {
+	// BlockSize is a power of 2 from 512 to 64 KiB that divides Size, in bytes.
+	// It is constant.
+	BlockSize() int
+}
+
 // Hinter is a Disk that knows which requests suit it. A device passes that on
 // to its guest.
 type Hinter interface {

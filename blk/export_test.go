@@ -7,3 +7,9 @@ import "github.com/calfvm/calf/virtio"
 func (d *Device) Batch(i int, vq *virtio.Queue) func() (more bool) {
 	return newWorker(d, &d.queues[i], vq).batch
 }
+
+// AlignDirect makes direct I/O on r ask for more alignment than the host does.
+func AlignDirect(r *Raw, offset, memory int64) { r.direct = newDirect(offset, memory) }
+
+// FD is the descriptor of r's file.
+func FD(r *Raw) int { return r.fd }

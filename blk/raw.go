@@ -19,6 +19,10 @@ type RawOptions struct {
 	// ReadOnly opens the disk for reading only, which others may do at the
 	// same time.
 	ReadOnly bool
+	// Direct moves data between memory and the disk without the host's page
+	// cache (O_DIRECT). What the host cannot move so, because of its alignment,
+	// goes through a buffer.
+	Direct bool
 }
 
 // Raw is a Disk whose bytes are those of a regular file or a block device. A
@@ -36,9 +40,10 @@ type Raw struct {
 	length atomic.Int64 // of the file, when it was opened or last grown
 	size   atomic.Int64 // length rounded up to sectors
 
-	device      bool  // it is a block device
-	align       int64 // what its ranges are aligned to: 1, or a device's block
-	granularity int64 // of discards; 0 if it has none
+	device      bool    // it is a block device
+	align       int64   // what its ranges are aligned to: 1, or a device's block
+	granularity int64   // of discards; 0 if it has none
+	direct      *direct // nil unless it is open for direct I/O
 	hints       struct{ physical, min, optimal int64 }
 
 	flushes *flushes
@@ -49,6 +54,7 @@ var (
 	_ Discarder  = (*Raw)(nil)
 	_ ZeroWriter = (*Raw)(nil)
 	_ Hinter     = (*Raw)(nil)
+	_ BlockSizer = (*Raw)(nil)
 )
 
 // OpenRaw opens the regular file or block device at path as it is, whatever its
@@ -58,14 +64,20 @@ func OpenRaw(path string, opts RawOptions) (*Raw, error) {
 	if opts.ReadOnly {
 		flags = unix.O_RDONLY
 	}
+	if opts.Direct {
+		flags |= unix.O_DIRECT
+	}
 	// O_NONBLOCK has no meaning for a disk; it keeps the open of a FIFO, which
 	// is refused below, from waiting.
 	fd, err := openFile(path, flags|unix.O_CLOEXEC|unix.O_NONBLOCK)
+	if opts.Direct && errors.Is(err, unix.EINVAL) {
+		err = errNoDirect
+	}
 	if err != nil {
 		return nil, fmt.Errorf("open raw disk %s: %w", path, err)
 	}
 	r := &Raw{path: path, fd: fd, readOnly: opts.ReadOnly, flushes: newFlushes()}
-	if err := r.prepare(); err != nil {
+	if err := r.prepare(opts.Direct); err != nil {
 		return nil, errors.Join(fmt.Errorf("open raw disk %s: %w", path, err), unix.Close(fd))
 	}
 	return r, nil
@@ -80,7 +92,7 @@ func openFile(path string, flags int) (fd int, err error) {
 }
 
 // prepare checks what has been opened, locks it and measures it.
-func (r *Raw) prepare() error {
+func (r *Raw) prepare(isDirect bool) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(r.fd, &st); err != nil {
 		return err
@@ -101,7 +113,14 @@ func (r *Raw) prepare() error {
 	}
 	r.length.Store(end)
 	r.size.Store((end + SectorSize - 1) &^ (SectorSize - 1))
-	return r.measureRanges(&st)
+	if err := r.measureRanges(&st); err != nil || !isDirect {
+		return err
+	}
+	if r.direct, err = measureDirect(r.fd, end); err != nil {
+		return err
+	}
+	r.hints.physical = max(r.hints.physical, r.direct.offset)
+	return nil
 }
 
 // Close gives up the lock and the file. No other method may be running.
@@ -119,6 +138,8 @@ func (r *Raw) Grow(size int64) error {
 		return fmt.Errorf("grow %s: %w", r.path, unix.EROFS)
 	case size%SectorSize != 0:
 		return fmt.Errorf("grow %s: %d bytes are no whole number of sectors", r.path, size)
+	case r.direct != nil && size%r.direct.offset != 0:
+		return fmt.Errorf("grow %s: %d bytes are no whole number of blocks of %d", r.path, size, r.direct.offset)
 	case size < r.size.Load():
 		return fmt.Errorf("grow %s: %d bytes are less than the %d it has", r.path, size, r.size.Load())
 	}
@@ -163,12 +184,22 @@ func (r *Raw) Flush() error {
 	return nil
 }
 
-// transfer moves all of iov from or to the file at off with the given system
-// call, going on after a short transfer (B3).
+// transfer moves all of iov from or to the disk at off with the given system
+// call.
 func (r *Raw) transfer(call uintptr, iov [][]byte, off int64) error {
-	if !inRange(iov, off, r.size.Load()) {
+	switch {
+	case !inRange(iov, off, r.size.Load()):
 		return ErrBounds
+	case r.direct != nil:
+		return r.transferDirect(call, iov, off)
+	default:
+		return r.move(call, iov, off)
 	}
+}
+
+// move moves all of iov, which is in range, as the file takes it, going on after
+// a short transfer (B3).
+func (r *Raw) move(call uintptr, iov [][]byte, off int64) error {
 	v := vectors.Get().(*vector)
 	defer vectors.Put(v)
 	for len(iov) > 0 {

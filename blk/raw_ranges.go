@@ -46,6 +46,15 @@ func (r *Raw) measureRanges(st *unix.Stat_t) error {
 	return nil
 }
 
+// BlockSize implements BlockSizer. A file has what its content says, which is not
+// looked at, and nearly always 512; a block device has its own.
+func (r *Raw) BlockSize() int {
+	if r.device {
+		return int(r.align)
+	}
+	return SectorSize
+}
+
 // IOHints implements Hinter.
 func (r *Raw) IOHints() (physicalBlock, minIO, optimalIO int64) {
 	return r.hints.physical, r.hints.min, r.hints.optimal
@@ -81,7 +90,7 @@ func (r *Raw) Discard(off, n int64) error {
 		if first == end {
 			return nil
 		}
-		err = retry(func() error { return ioctlRange(r.fd, unix.BLKDISCARD, first, end-first) })
+		err = r.change(func() error { return ioctlRange(r.fd, unix.BLKDISCARD, first, end-first) })
 	} else {
 		err = r.allocate(unix.FALLOC_FL_PUNCH_HOLE, off, n)
 	}
@@ -95,7 +104,7 @@ func (r *Raw) Discard(off, n int64) error {
 func (r *Raw) WriteZeroes(off, n int64) error {
 	return r.zero(off, n, func(off, n int64) error {
 		if r.device {
-			return retry(func() error { return ioctlRange(r.fd, unix.BLKZEROOUT, off, n) })
+			return r.change(func() error { return ioctlRange(r.fd, unix.BLKZEROOUT, off, n) })
 		}
 		return r.allocate(unix.FALLOC_FL_ZERO_RANGE, off, n)
 	})
@@ -107,7 +116,7 @@ func (r *Raw) PunchHole(off, n int64) error {
 	return r.zero(off, n, func(off, n int64) error {
 		err := r.allocate(unix.FALLOC_FL_PUNCH_HOLE, off, n)
 		if r.device && err != nil && unsupported(err) {
-			return retry(func() error { return ioctlRange(r.fd, unix.BLKZEROOUT, off, n) })
+			return r.change(func() error { return ioctlRange(r.fd, unix.BLKZEROOUT, off, n) })
 		}
 		return err
 	})
@@ -159,7 +168,7 @@ func (r *Raw) checkRange(op string, off, n int64) error {
 
 // allocate does a fallocate that leaves the length of the file as it is.
 func (r *Raw) allocate(mode uint32, off, n int64) error {
-	return retry(func() error { return unix.Fallocate(r.fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n) })
+	return r.change(func() error { return unix.Fallocate(r.fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n) })
 }
 
 // unsupported reports whether err says that the host has no such operation for

@@ -119,7 +119,7 @@ func holes(t *testing.T) bool {
 
 // loopDevice returns the path of a block device of n bytes on a file, where the
 // host lets the test make one.
-func loopDevice(tb testing.TB, n int64) string {
+func loopDevice(tb testing.TB, n int64, blockSize uint32) string {
 	tb.Helper()
 	control, err := unix.Open("/dev/loop-control", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -141,7 +141,7 @@ func loopDevice(tb testing.TB, n int64) string {
 		if err != nil {
 			tb.Skipf("open %s: %v", path, err)
 		}
-		if err := unix.IoctlLoopConfigure(loop, &unix.LoopConfig{Fd: uint32(backing)}); err != nil {
+		if err := unix.IoctlLoopConfigure(loop, &unix.LoopConfig{Fd: uint32(backing), Size: blockSize}); err != nil {
 			_ = unix.Close(loop)
 			if errors.Is(err, unix.EBUSY) {
 				continue
@@ -163,7 +163,7 @@ func loopDevice(tb testing.TB, n int64) string {
 // TestRawBlockDevice runs the suite on a block device.
 func TestRawBlockDevice(t *testing.T) {
 	blktest.All(t, func(tb testing.TB) blk.Disk {
-		d := openRaw(tb, loopDevice(tb, 2<<20), blk.RawOptions{})
+		d := openRaw(tb, loopDevice(tb, 2<<20, 512), blk.RawOptions{})
 		if d.Size() != 2<<20 {
 			tb.Fatalf("size %d", d.Size())
 		}

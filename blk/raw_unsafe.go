@@ -66,6 +66,18 @@ func (v *vector) zero() {
 	v.left = nil
 }
 
+// alignedTo reports whether b begins at a multiple of n, a power of 2.
+func alignedTo(b []byte, n int64) bool {
+	return uintptr(unsafe.Pointer(unsafe.SliceData(b)))&uintptr(n-1) == 0
+}
+
+// alignedBuffer returns n bytes at a multiple of align, a power of 2.
+func alignedBuffer(n int, align int64) []byte {
+	b := make([]byte, n+int(align))
+	at := int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & uintptr(align-1))
+	return b[at : at+n : at+n]
+}
+
 // ioctlRange does an ioctl of a block device that takes a range in bytes.
 func ioctlRange(fd int, request uintptr, off, n int64) error {
 	r := [2]uint64{uint64(off), uint64(n)} //nolint:gosec // G115: neither is negative

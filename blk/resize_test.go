@@ -111,7 +111,7 @@ func TestRawGrow(t *testing.T) {
 	if err := ro.Grow(1024); err == nil || ro.Size() != 512 {
 		t.Errorf("a read-only disk has grown: %v", err)
 	}
-	dev := openRaw(t, loopDevice(t, 1<<20), blk.RawOptions{})
+	dev := openRaw(t, loopDevice(t, 1<<20, 512), blk.RawOptions{})
 	if err := dev.Grow(2 << 20); !errors.Is(err, blk.ErrBounds) || dev.Size() != 1<<20 {
 		t.Errorf("a block device of 1 MiB has grown: %v", err)
 	}
