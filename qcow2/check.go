@@ -102,7 +102,7 @@ type checker struct {
 }
 
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
-	x := &checker{Image: &Image{path: path, file: f, readOnly: true}, ctx: ctx, tables: map[uint64]uint32{}}
+	x := &checker{Image: &Image{path: path, file: f, data: f, readOnly: true}, ctx: ctx, tables: map[uint64]uint32{}}
 	var err error
 	if x.fileSize, err = f.Size(); err != nil {
 		return nil, err
@@ -126,7 +126,7 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	}
 	x.geometry = newGeometry(x.h)
 	x.features = x.h.incompatible
-	x.size = int64(x.h.size) //nolint:gosec // G115: validated
+	x.size.Store(int64(x.h.size)) //nolint:gosec // G115: validated
 	if x.l1, err = x.loadTable(x.h.l1Offset, int64(x.h.l1Size)*8); err != nil {
 		return nil, err
 	}
@@ -146,7 +146,7 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 // check does all of it: first every L1 table, so that each L2 table is read once
 // however many snapshots share it.
 func (x *checker) check() error {
-	x.result.Total = (x.size + x.clusterSize - 1) >> x.clusterBits
+	x.result.Total = (x.Size() + x.clusterSize - 1) >> x.clusterBits
 	h := x.h
 	for _, step := range []func() error{
 		func() error { return x.refer(0, 1, 1, "header") },

@@ -22,7 +22,7 @@ func (m *Image) fillAllocation(a *allocation, r *requestState, off, end int64) e
 		host += off - begin
 	}
 	iov := append(r.take(end-off, head...), tail...)
-	return m.file.WritevAt(iov, host)
+	return m.data.WritevAt(iov, host)
 }
 
 // oldData returns buffers with the guest bytes [from, to) of one cluster, whose
@@ -42,7 +42,7 @@ func (m *Image) oldData(a *allocation, e entry, from, to int64) ([][]byte, error
 	b := make([]byte, n)
 	// Beyond the end of the disk there is nothing to preserve, and zeros
 	// must appear there if the disk grows.
-	b = b[:max(0, min(n, m.size-from))]
+	b = b[:max(0, min(n, m.Size()-from))]
 	s := m.spanOf(e, from, n)
 	if err := m.readSpan(&s, [][]byte{b}, from); err != nil {
 		return nil, err
@@ -59,7 +59,7 @@ func (m *Image) readsZero(e entry, off int64) bool {
 	case kindUnallocated:
 		return !m.showsBacking(off)
 	}
-	return off >= m.size
+	return off >= m.Size()
 }
 
 // showsBacking reports whether a cluster at guest offset off, or reaching there,

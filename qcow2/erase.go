@@ -60,7 +60,8 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 		return min(n, empty), nil
 	}
 	part := min(n, m.clusterSize-m.inCluster(off))
-	whole := part == m.clusterSize || m.inCluster(off) == 0 && off+part == m.size
+	size := m.Size()
+	whole := part == m.clusterSize || m.inCluster(off) == 0 && off+part == size
 	if !whole || m.version == 2 && (how == roomKept || m.showsBacking(off)) {
 		if how == roomOptional {
 			return part, nil
@@ -72,14 +73,17 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
+	if m.Size() != size {
+		return 0, m.checkRange(off, n) // look again
+	}
 	if err := m.limitDirty(); err != nil {
 		return 0, err
 	}
 	limit := m.cluster(off + n)
-	if off+n == m.size {
-		limit = m.cluster(m.size + m.clusterSize - 1)
+	if off+n == size {
+		limit = m.cluster(size + m.clusterSize - 1)
 	}
-	end, err := m.eraseClusters(m.cluster(off), limit, how, shard)
+	end, err := m.eraseClusters(m.cluster(off), limit, how)
 	return min(m.offset(end), off+n) - off, err
 }
 
@@ -87,9 +91,11 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 // table for them; 0 if there is one.
 func (m *Image) emptyTable(off int64) int64 {
 	i := m.l1Index(m.sliceID(m.cluster(off)))
-	m.mu.RLock()
+	if m.admit() != nil {
+		return 0
+	}
 	defer m.mu.RUnlock()
-	if m.closed || m.l1[i] != 0 || m.showsBacking(off) {
+	if i >= uint64(len(m.l1)) || m.l1[i] != 0 || m.showsBacking(off) {
 		return 0
 	}
 	return m.offset((i+1)<<m.l2Bits) - off
@@ -98,11 +104,8 @@ func (m *Image) emptyTable(off int64) int64 {
 // zeroPart writes zeros to the beginning of [off, off+n), a part of one cluster
 // or one that no flag can make zero, unless it is zero already.
 func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
-	s, err := m.find(off, n, shard)
-	if s.miss && err == nil {
-		err = m.loadSlice(s.missID, shard)
-	}
-	if err != nil || s.length == 0 {
+	s, err := m.lookup(off, n, shard)
+	if err != nil {
 		return 0, err
 	}
 	s.pin.leave()
@@ -120,7 +123,7 @@ func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
 // clusters up before may still read and write them; as they run beside this one,
 // either may win. Holes are punched while the range is claimed, so no write that
 // finds the new entries reaches a host cluster before its hole is complete.
-func (m *Image) eraseClusters(c, limit uint64, how room, shard int) (uint64, error) {
+func (m *Image) eraseClusters(c, limit uint64, how room) (uint64, error) {
 	id := m.sliceID(c)
 	i := m.l1Index(id)
 	m.lock()
@@ -131,7 +134,7 @@ func (m *Image) eraseClusters(c, limit uint64, how room, shard int) (uint64, err
 	s := m.cache.find(id)
 	if s == nil {
 		m.mu.Unlock()
-		return c, m.loadSlice(id, shard)
+		return c, m.loadSlice(id)
 	}
 	limit = min(limit, (id+1)<<m.sliceBits)
 	if other := m.inflight.overlapping(c); other != nil {

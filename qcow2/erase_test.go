@@ -46,7 +46,7 @@ func erase(t testing.TB, m *Image, model []byte, how int, off, n int64) {
 func wholeClusters(m *Image, off, n int64) (int64, int64) {
 	end := off + n
 	off = (off + m.clusterSize - 1) &^ (m.clusterSize - 1)
-	if end < m.size {
+	if end < m.Size() {
 		end &^= m.clusterSize - 1
 	}
 	return off, max(end-off, 0)

@@ -17,12 +17,14 @@ func (m *Image) Flush() error {
 	if err != nil {
 		return err
 	}
-	defer p.leave()
 	if m.readOnly {
+		p.leave()
 		return nil
 	}
 	m.counts.flushes.Add(1)
-	return m.explain(m.commits.run(m.commit))
+	err = m.commits.run(m.commit)
+	p.leave()
+	return m.explain(err)
 }
 
 // commits serialises the commits of an image and lets callers that wait for the

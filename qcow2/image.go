@@ -16,8 +16,9 @@ type Image struct {
 	geometry
 	path     string // for messages
 	file     file
+	data     file // where guest data is: file
 	readOnly bool
-	size     int64 // of the disk, in bytes
+	size     atomic.Int64 // of the disk, in bytes; changed by exclusively only
 	backing  backing
 	zlib     bool   // compression type
 	features uint64 // incompatible ones, as in the file at open
@@ -36,6 +37,10 @@ type Image struct {
 	// holes into the file.
 	unpunchable atomic.Bool
 
+	// turns lets only one goroutine close the image or run something
+	// exclusively. It is taken before all other locks.
+	turns sync.Mutex
+
 	// syncMu makes calls of fdatasync take turns. It is held across them, and
 	// with it none but mu is taken.
 	syncMu sync.Mutex
@@ -43,7 +48,10 @@ type Image struct {
 	// mu is the metadata lock. It is never held across input or output,
 	// neither shared nor exclusively, and is the last in the lock order.
 	mu     sync.RWMutex
-	closed bool     // guarded by mu, as is all that follows
+	closed bool // guarded by mu, as is all that follows
+	// gate is not nil while exclusively keeps requests out, and closed when
+	// they may come in again.
+	gate   chan struct{}
 	l1     []uint64 // as in the file; decoded by decodeL1
 	cache  *sliceCache
 	loads  map[uint64]*flight // slices being read, by ID
@@ -70,7 +78,7 @@ var (
 )
 
 // Size is the length of the disk in bytes.
-func (m *Image) Size() int64 { return m.size }
+func (m *Image) Size() int64 { return m.size.Load() }
 
 // ReadOnly reports whether the image was opened for reading only.
 func (m *Image) ReadOnly() bool { return m.readOnly }
@@ -155,10 +163,10 @@ func length(iov [][]byte) int64 {
 
 // checkRange returns an error unless [off, off+n) lies inside the disk.
 func (m *Image) checkRange(off, n int64) error {
-	if off < 0 || n < 0 || off > m.size || n > m.size-off {
+	if size := m.Size(); off < 0 || n < 0 || off > size || n > size-off {
 		return &Error{
 			Path: m.path, Kind: ErrRange,
-			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, m.size),
+			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, size),
 		}
 	}
 	return nil
@@ -242,35 +250,89 @@ func (m *Image) setCorruptBit() {
 }
 
 // hold pins the present epoch for a request, which keeps the files open until
-// the pin is left. It fails if the image is closed. mu is not held.
+// the pin is left, and the disk's size from changing. It fails if the image is
+// closed. The caller has no other pin; mu is not held.
 func (m *Image) hold(shard int) (*pin, error) {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	if m.closed {
-		return nil, m.errClosed()
+	if err := m.admit(); err != nil {
+		return nil, err
 	}
+	defer m.mu.RUnlock()
 	m.counts.held.Add(1)
 	return m.epochs.enter(shard), nil
 }
 
-// closePoll is how often Close looks whether the last request is over.
-const closePoll = time.Millisecond
+// admit takes the shared side of the metadata lock, which the caller gives back,
+// for a request that has no pin yet. It fails if the image is closed and waits
+// while exclusively keeps requests out.
+func (m *Image) admit() error {
+	for {
+		m.mu.RLock()
+		gate := m.gate
+		if gate == nil && !m.closed {
+			return nil
+		}
+		closed := m.closed
+		m.mu.RUnlock()
+		if closed {
+			return m.errClosed()
+		}
+		<-gate
+	}
+}
+
+// idlePoll is how often drain looks whether the last request is over.
+const idlePoll = time.Millisecond
+
+// drain waits until no request is under way. mu is held exclusively, here and
+// there without it, and the caller has seen to it that no request begins.
+func (m *Image) drain() {
+	for !m.epochs.idle() {
+		m.mu.Unlock()
+		time.Sleep(idlePoll)
+		m.mu.Lock()
+	}
+}
+
+// exclusively runs f while no request is under way, none begins, and no commit
+// runs: for what changes the image as a whole. f may do input and output, and
+// calls commit directly if it needs one. The caller has no pin; no lock is held.
+func (m *Image) exclusively(f func() error) error {
+	m.turns.Lock()
+	defer m.turns.Unlock()
+	m.lock()
+	if m.closed {
+		m.mu.Unlock()
+		return m.errClosed()
+	}
+	gate := make(chan struct{})
+	m.gate = gate
+	m.drain()
+	m.mu.Unlock()
+	defer func() {
+		m.lock()
+		m.gate = nil
+		m.mu.Unlock()
+		close(gate)
+	}()
+	m.commits.running.Lock()
+	defer m.commits.running.Unlock()
+	return f()
+}
 
 // Close waits for the requests under way, flushes, and closes the image and its
 // backing files, which ends their locks. It returns the error of the flush.
-// Requests that begin later fail with ErrClosed. A second Close does nothing.
+// Requests that begin later fail with ErrClosed. A second Close waits for the
+// first and does nothing.
 func (m *Image) Close() error {
+	m.turns.Lock()
+	defer m.turns.Unlock()
 	m.mu.Lock()
 	if m.closed {
 		m.mu.Unlock()
 		return nil
 	}
 	m.closed = true
-	for !m.epochs.idle() {
-		m.mu.Unlock()
-		time.Sleep(closePoll)
-		m.mu.Lock()
-	}
+	m.drain()
 	m.mu.Unlock()
 	var err error
 	if !m.readOnly {

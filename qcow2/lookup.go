@@ -8,7 +8,7 @@ type span struct {
 	host   int64  // of the first byte; for a compressed cluster, of its data
 	size   int64  // of the data of a compressed cluster
 	pin    *pin   // ended by the user of the span
-	miss   bool   // the slice with ID missID has to be loaded first
+	miss   bool   // the slice with ID missID has to be loaded first, by loadMissing
 	missID uint64 // set if miss
 }
 
@@ -46,16 +46,21 @@ func (m *Image) entryAt(cur *cursor, c uint64) (e entry, hit bool, err error) {
 
 // find maps the beginning of [off, off+n) for a reader and pins it.
 func (m *Image) find(off, n int64, shard int) (span, error) {
-	m.mu.RLock()
+	if err := m.admit(); err != nil {
+		return span{}, err
+	}
 	defer m.mu.RUnlock()
-	if m.closed {
-		return span{}, m.errClosed()
+	if err := m.checkRange(off, n); err != nil {
+		return span{}, err
 	}
 	var cur cursor
 	c := m.cluster(off)
 	e, hit, err := m.entryAt(&cur, c)
+	if err != nil {
+		return span{}, err
+	}
 	if !hit {
-		return span{miss: true, missID: m.sliceID(c)}, err
+		return m.missed(m.sliceID(c), shard), nil
 	}
 	s := m.spanOf(e, off, n)
 	for s.length < n && s.kind != kindCompressed {
@@ -71,20 +76,52 @@ func (m *Image) find(off, n int64, shard int) (span, error) {
 	return s, nil
 }
 
+// missed returns the pinned span of a lookup whose slice is not in memory. mu is
+// held.
+func (m *Image) missed(id uint64, shard int) span {
+	m.counts.held.Add(1)
+	return span{miss: true, missID: id, pin: m.epochs.enter(shard)}
+}
+
+// loadMissing loads what the lookup of s did not find and ends its pin.
+func (m *Image) loadMissing(s *span) error {
+	err := m.loadSlice(s.missID)
+	s.pin.leave()
+	return err
+}
+
+// lookup is find with the slice loaded where it has to be.
+func (m *Image) lookup(off, n int64, shard int) (span, error) {
+	for {
+		s, err := m.find(off, n, shard)
+		if err != nil || !s.miss {
+			return s, err
+		}
+		if err := m.loadMissing(&s); err != nil {
+			return span{}, err
+		}
+	}
+}
+
 // findOwned maps the beginning of [off, off+n) for a writer. The span is of
 // kindNormal, and pinned, iff it may be written in place: the image owns its
 // clusters alone. Of another kind it has no meaning but that.
 func (m *Image) findOwned(off, n int64, shard int) (span, error) {
-	m.mu.RLock()
+	if err := m.admit(); err != nil {
+		return span{}, err
+	}
 	defer m.mu.RUnlock()
-	if m.closed {
-		return span{}, m.errClosed()
+	if err := m.checkRange(off, n); err != nil {
+		return span{}, err
 	}
 	var cur cursor
 	c := m.cluster(off)
 	e, hit, err := m.entryAt(&cur, c)
+	if err != nil {
+		return span{}, err
+	}
 	if !hit {
-		return span{miss: true, missID: m.sliceID(c)}, err
+		return m.missed(m.sliceID(c), shard), nil
 	}
 	if !cur.owns(e) {
 		return span{}, nil

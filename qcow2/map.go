@@ -80,18 +80,9 @@ func (a *Mapping) join(next Mapping) bool {
 // mapAt returns the mapping of the beginning of [off, off+n), which lies inside
 // the disk.
 func (m *Image) mapAt(off, n int64) (Mapping, error) {
-	s, err := m.find(off, n, 0)
-	for s.miss {
-		if err == nil {
-			err = m.loadSlice(s.missID, 0)
-		}
-		if err != nil {
-			return Mapping{}, m.explain(err)
-		}
-		s, err = m.find(off, n, 0)
-	}
+	s, err := m.lookup(off, n, 0)
 	if err != nil {
-		return Mapping{}, err
+		return Mapping{}, m.explain(err)
 	}
 	s.pin.leave()
 	found := Mapping{Offset: off, Length: s.length, Path: m.path}

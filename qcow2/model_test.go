@@ -229,7 +229,7 @@ func TestHotPathIgnoresStuckFlush(t *testing.T) {
 	}
 	stuck, release := make(chan struct{}), make(chan struct{})
 	blocking := &blockingFile{file: m.file, stuck: stuck, release: release}
-	m.file = blocking
+	m.file, m.data = blocking, blocking
 	done := make(chan error)
 	go func() { done <- m.Flush() }()
 	<-stuck

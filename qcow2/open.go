@@ -69,7 +69,7 @@ func openLocked(f *os.File, path string, opts Options, c *chain) (*Image, error)
 
 // openFile opens the image in f, which is locked. It takes over f.
 func openFile(f file, path string, opts Options, c *chain) (*Image, error) {
-	m := &Image{path: path, file: f, readOnly: opts.ReadOnly}
+	m := &Image{path: path, file: f, data: f, readOnly: opts.ReadOnly}
 	if err := m.load(opts, c); err != nil {
 		err = inFile(path, err)
 		if m.backing != nil {
@@ -147,7 +147,7 @@ func (m *Image) readHeader(fileSize int64) (*header, error) {
 // and the refcount table.
 func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	m.geometry = newGeometry(h)
-	m.size = int64(h.size) //nolint:gosec // G115: validated
+	m.size.Store(int64(h.size)) //nolint:gosec // G115: validated
 	m.zlib = h.compression == compressionDeflate
 	m.features = h.incompatible
 	m.l1Offset = int64(h.l1Offset) //nolint:gosec // G115: validated

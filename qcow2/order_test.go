@@ -26,7 +26,7 @@ func (g *gateFile) Punch(off, n int64) error {
 
 func newGate(m *Image, hold func(write bool, off, n int64) bool) *gateFile {
 	g := &gateFile{file: m.file, hold: hold, held: make(chan struct{}, 100), open: make(chan struct{})}
-	m.file = g
+	m.file, m.data = g, g
 	return g
 }
 
@@ -264,6 +264,7 @@ func TestNoIOUnderLock(t *testing.T) {
 		}
 		m.backing = run.under
 		m.file = &unlockedFile{file: m.file, t: t, m: m}
+		m.data = m.file
 		for i := range 60 {
 			off, n := randomRange(r, m.Size(), 1<<19)
 			b := make([]byte, n)
@@ -341,4 +342,63 @@ func TestDirtyLimit(t *testing.T) {
 	}
 	closeImage(t, m)
 	qemu(t, "qemu-img", "check", "-q", m.path)
+}
+
+// TestExclusively shows that what runs exclusively waits for the requests under
+// way, keeps others and flushes out, and lets them in afterwards.
+func TestExclusively(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	if _, err := m.WriteAt([]byte("first"), 0); err != nil { // so that the next is of one piece
+		t.Fatal(err)
+	}
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, _, _ int64) bool { return write && first.CompareAndSwap(false, true) })
+	write := make(chan error, 1)
+	go func() { _, err := m.WriteAt([]byte("before"), 0); write <- err }()
+	<-gate.held
+	var running atomic.Bool
+	begun, end, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	go func() {
+		done <- m.exclusively(func() error {
+			running.Store(true)
+			close(begun)
+			<-end
+			running.Store(false)
+			return nil
+		})
+	}()
+	select {
+	case <-begun:
+		t.Error("it ran beside a request")
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(gate.open)
+	if err := <-write; err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	var wg sync.WaitGroup
+	for _, f := range []func() error{
+		func() error { _, err := m.ReadAt(make([]byte, 6), 0); return err },
+		func() error { _, err := m.WriteAt([]byte("after"), 0); return err },
+		func() error { return m.Discard(8192, 4096) },
+		m.Flush,
+	} {
+		wg.Go(func() {
+			if err := f(); err != nil || running.Load() {
+				t.Errorf("a request ran beside it: %v", err)
+			}
+		})
+	}
+	time.Sleep(20 * time.Millisecond)
+	close(end)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+	closeImage(t, m)
+	if err := m.exclusively(func() error { return nil }); !errors.Is(err, ErrClosed) {
+		t.Errorf("closed: %v", err)
+	}
 }

@@ -15,8 +15,8 @@ func (m *Image) ReadvAt(iov [][]byte, off int64) error {
 // ReadAt implements io.ReaderAt.
 func (m *Image) ReadAt(p []byte, off int64) (int, error) {
 	n := int64(len(p))
-	if off >= 0 && off <= m.size {
-		n = min(n, m.size-off)
+	if size := m.Size(); off >= 0 && off <= size {
+		n = min(n, size-off)
 	}
 	r := newRequestOf(p[:n])
 	err := m.read(r, off, n)
@@ -36,15 +36,9 @@ func (m *Image) read(r *requestState, off, n int64) error {
 		return err
 	}
 	for n > 0 {
-		s, err := m.find(off, n, r.shard)
-		if s.miss && err == nil {
-			err = m.loadSlice(s.missID, r.shard)
-		}
+		s, err := m.lookup(off, n, r.shard)
 		if err != nil {
 			return m.explain(err)
-		}
-		if s.length == 0 {
-			continue // its slice is loaded now
 		}
 		err = m.readSpan(&s, r.take(s.length), off)
 		s.pin.leave()
@@ -60,7 +54,7 @@ func (m *Image) read(r *requestState, off, n int64) error {
 func (m *Image) readSpan(s *span, iov [][]byte, off int64) error {
 	switch s.kind {
 	case kindNormal:
-		return m.file.ReadvAt(iov, s.host)
+		return m.data.ReadvAt(iov, s.host)
 	case kindCompressed:
 		return m.readCompressed(entry{kind: s.kind, host: s.host, size: s.size}, iov, m.inCluster(off))
 	case kindUnallocated:

@@ -3,13 +3,11 @@ package qcow2
 import "encoding/binary"
 
 // loadSlice reads slice id into the cache. Of several callers one reads, without
-// the lock; the others wait for it. Image.mu is not held.
-func (m *Image) loadSlice(id uint64, shard int) error {
+// the lock; the others wait for it. The caller has a pin, which keeps the
+// table's cluster from being reused while it is read, should the table be copied
+// meanwhile: the copy has the same contents. Image.mu is not held.
+func (m *Image) loadSlice(id uint64) error {
 	m.lock()
-	if m.closed {
-		m.mu.Unlock()
-		return m.errClosed()
-	}
 	off, err := m.tableOf(id)
 	if err != nil || off == 0 || m.cache.find(id) != nil {
 		m.mu.Unlock()
@@ -22,11 +20,7 @@ func (m *Image) loadSlice(id uint64, shard int) error {
 	}
 	l := &flight{done: make(chan struct{})}
 	m.loads[id] = l
-	// The pin keeps the table's cluster from being reused while it is read,
-	// should the table be copied meanwhile. The copy has the same contents.
-	m.counts.held.Add(1)
 	m.counts.misses.Add(1)
-	p := m.epochs.enter(shard)
 	m.mu.Unlock()
 
 	entries, err := m.readSlice(off + m.sliceOffset(id))
@@ -38,7 +32,6 @@ func (m *Image) loadSlice(id uint64, shard int) error {
 	delete(m.loads, id)
 	l.err = err
 	close(l.done)
-	p.leave()
 	m.mu.Unlock()
 	return err
 }

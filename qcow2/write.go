@@ -57,11 +57,11 @@ func (m *Image) writeSome(r *requestState, off, n int64) (int64, error) {
 	case err != nil:
 		return 0, err
 	case s.miss:
-		return 0, m.loadSlice(s.missID, r.shard)
+		return 0, m.loadMissing(&s)
 	case s.kind != kindNormal:
 		return m.writeNew(r, off, n)
 	}
-	err = m.file.WritevAt(r.take(s.length), s.host)
+	err = m.data.WritevAt(r.take(s.length), s.host)
 	s.pin.leave()
 	return s.length, err
 }
@@ -76,10 +76,13 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
+	if err := m.checkRange(off, n); err != nil {
+		return 0, err // the disk shrank
+	}
 	if err := m.limitDirty(); err != nil {
 		return 0, err
 	}
-	a, err := m.reserve(off, n, r.shard)
+	a, err := m.reserve(off, n)
 	if err != nil || a == nil {
 		return 0, err
 	}
@@ -96,7 +99,7 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 // reserve begins the allocation of the clusters at the beginning of
 // [off, off+n), for a caller that has a pin. It returns nil after it had to
 // wait, or to do something without the lock: then the caller looks again.
-func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
+func (m *Image) reserve(off, n int64) (*allocation, error) {
 	c := m.cluster(off)
 	id := m.sliceID(c)
 	m.lock()
@@ -107,7 +110,7 @@ func (m *Image) reserve(off, n int64, shard int) (*allocation, error) {
 	s := m.cache.find(id)
 	if s == nil {
 		m.mu.Unlock()
-		return nil, m.loadSlice(id, shard)
+		return nil, m.loadSlice(id)
 	}
 	// At most to the end of the slice, and to the next claim.
 	limit := min(m.cluster(off+n-1)+1, (id+1)<<m.sliceBits)
