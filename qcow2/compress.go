@@ -2,12 +2,14 @@ package qcow2
 
 import (
 	"bytes"
-	"compress/flate"
+	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 
-	lru "github.com/hashicorp/golang-lru/v2"
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -15,29 +17,83 @@ import (
 // which there are always at least two.
 const decodedBytes = 4 << 20
 
-// decodedCache keeps the clusters that were decompressed last, by the offset of
-// their compressed data, so that small reads decode a cluster once. Its buffers
-// are never changed once they are in it. It has a lock of its own.
-type decodedCache = lru.Cache[int64, []byte]
+// place is where the data of a compressed cluster lies in the file.
+type place struct{ host, size int64 }
 
-func newDecodedCache(clusterSize int64) *decodedCache {
-	c, err := lru.New[int64, []byte](int(max(decodedBytes/clusterSize, 2)))
+// decoder reads the compressed clusters of one image. It keeps those it decoded
+// last, so that small reads decode a cluster once, and of readers that want the
+// same one at a time one decodes. It has a lock of its own, which is held across
+// neither I/O nor decoding.
+//
+// A place may have other data once its host cluster is reused. By then every
+// request that had the old data is over, so forget, called before, is enough.
+type decoder struct {
+	// slots bounds the clusters in work: as many as threads run.
+	slots chan struct{}
+
+	mu      sync.Mutex
+	decoded *simplelru.LRU[place, []byte] // its buffers never change
+	flights map[place]*decoding
+}
+
+// decoding is a cluster in work, on behalf of all who want it.
+type decoding struct {
+	flight
+	data []byte // set before done is closed
+}
+
+func newDecoder(clusterSize int64) *decoder {
+	c, err := simplelru.NewLRU[place, []byte](int(max(decodedBytes/clusterSize, 2)), nil)
 	if err != nil {
 		panic("BUG: the size of a cache is not positive")
 	}
-	return c
+	return &decoder{slots: make(chan struct{}, runtime.GOMAXPROCS(0)), decoded: c, flights: map[place]*decoding{}}
+}
+
+// get returns the cluster at p, from decode unless it is kept or in work. The
+// caller has the place pinned, and must not change the result.
+func (d *decoder) get(p place, decode func(place) ([]byte, error)) ([]byte, error) {
+	d.mu.Lock()
+	if data, ok := d.decoded.Get(p); ok {
+		d.mu.Unlock()
+		return data, nil
+	}
+	if f := d.flights[p]; f != nil {
+		d.mu.Unlock()
+		<-f.done
+		return f.data, f.err
+	}
+	f := &decoding{flight: flight{done: make(chan struct{})}}
+	d.flights[p] = f
+	d.mu.Unlock()
+
+	d.slots <- struct{}{}
+	f.data, f.err = decode(p)
+	<-d.slots
+
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if f.err == nil {
+		d.decoded.Add(p, f.data)
+	}
+	delete(d.flights, p)
+	close(f.done)
+	return f.data, f.err
+}
+
+// forget drops all that is kept.
+func (d *decoder) forget() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.decoded.Purge()
 }
 
 // readCompressed fills iov from the bytes at in of the compressed cluster e. The
 // caller has e pinned.
 func (m *Image) readCompressed(e entry, iov [][]byte, in int64) error {
-	data, ok := m.decoded.Get(e.host)
-	if !ok {
-		var err error
-		if data, err = m.decompress(e); err != nil {
-			return err
-		}
-		m.decoded.Add(e.host, data)
+	data, err := m.decoder.get(place{e.host, e.size}, m.decompress)
+	if err != nil {
+		return err
 	}
 	for _, b := range iov {
 		in += int64(copy(b, data[in:]))
@@ -45,11 +101,12 @@ func (m *Image) readCompressed(e entry, iov [][]byte, in int64) error {
 	return nil
 }
 
-// decompress reads and decodes the compressed cluster e. What follows the
-// encoded cluster in its last sector belongs to another one and is ignored.
-func (m *Image) decompress(e entry) ([]byte, error) {
-	packed := make([]byte, e.size)
-	if err := readFull(m.file, packed, e.host); err != nil {
+// decompress reads and decodes the compressed cluster at p. What follows the
+// encoded cluster in its last sector belongs to another one and is ignored, as
+// are the zeros that the file reads as beyond its end.
+func (m *Image) decompress(p place) ([]byte, error) {
+	packed := make([]byte, p.size)
+	if err := readFull(m.file, packed, p.host); err != nil {
 		return nil, err
 	}
 	data := make([]byte, m.clusterSize)
@@ -58,7 +115,7 @@ func (m *Image) decompress(e entry) ([]byte, error) {
 		inflate = inflateDeflate
 	}
 	if err := inflate(data, packed); err != nil {
-		return nil, fmt.Errorf("decompressing the cluster at %#x: %w", e.host, err)
+		return nil, fmt.Errorf("decompressing the cluster at %#x: %w", p.host, err)
 	}
 	return data, nil
 }
@@ -100,4 +157,103 @@ func inflateZstd(dst, src []byte) error {
 	}
 	_, err := io.ReadFull(d, dst)
 	return err
+}
+
+// The levels of compression that Options may ask for.
+const (
+	minCompression     = 1 // the fastest
+	defaultCompression = 6
+	maxCompression     = 9 // the smallest
+)
+
+// encoder compresses clusters, one at a time.
+type encoder struct {
+	deflate *flate.Writer // either this
+	zstd    *zstd.Encoder // or that
+	padded  []byte        // a whole cluster, for the last one of a disk
+	out     limitedBuffer
+}
+
+// encoders makes and keeps the encoders of an image, one for each goroutine that
+// compresses at the time.
+type encoders struct {
+	geometry *geometry
+	zlib     bool
+	level    int
+	idle     sync.Pool
+}
+
+func newEncoders(g *geometry, zlib bool, level int) (*encoders, error) {
+	if level == 0 {
+		level = defaultCompression
+	}
+	if level < minCompression || level > maxCompression {
+		return nil, invalidOption("a compression level of %d is not one of %d to %d", level, minCompression, maxCompression)
+	}
+	return &encoders{geometry: g, zlib: zlib, level: level}, nil
+}
+
+// get returns an encoder, for the caller to put back into idle.
+func (s *encoders) get() (*encoder, error) {
+	if e, ok := s.idle.Get().(*encoder); ok {
+		return e, nil
+	}
+	e := &encoder{out: make(limitedBuffer, 0, s.geometry.clusterSize)}
+	var err error
+	if s.zlib {
+		e.deflate, err = flate.NewWriter(nil, s.level)
+		return e, err
+	}
+	e.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
+		zstd.WithWindowSize(max(int(s.geometry.clusterSize), zstd.MinWindowSize)), zstd.WithEncoderLevel(zstdLevel(s.level)))
+	return e, err
+}
+
+// zstdLevel is the level of package zstd, which has four, for one of ours.
+func zstdLevel(level int) zstd.EncoderLevel {
+	switch {
+	case level < 3:
+		return zstd.SpeedFastest
+	case level < 7:
+		return zstd.SpeedDefault
+	case level < maxCompression:
+		return zstd.SpeedBetterCompression
+	}
+	return zstd.SpeedBestCompression
+}
+
+// encode compresses p, one cluster of the given size or the beginning of one
+// whose rest is zero. ok is false if the result would be no smaller than the
+// cluster. It is valid until the next call.
+func (e *encoder) encode(p []byte, clusterSize int64) (packed []byte, ok bool, err error) {
+	if int64(len(p)) < clusterSize {
+		e.padded = append(append(e.padded[:0], p...), make([]byte, clusterSize-int64(len(p)))...)
+		p = e.padded
+	}
+	if e.zstd != nil {
+		e.out = e.zstd.EncodeAll(p, e.out[:0])
+		return e.out, int64(len(e.out)) < clusterSize, nil
+	}
+	e.out = e.out[:0]
+	e.deflate.Reset(&e.out)
+	_, err = e.deflate.Write(p)
+	if err == nil {
+		err = e.deflate.Close()
+	}
+	if errors.Is(err, io.ErrShortBuffer) {
+		return nil, false, nil
+	}
+	return e.out, int64(len(e.out)) < clusterSize, err
+}
+
+// limitedBuffer takes what is written to it up to its capacity.
+type limitedBuffer []byte
+
+// Write implements io.Writer.
+func (b *limitedBuffer) Write(p []byte) (int, error) {
+	if len(p) > cap(*b)-len(*b) {
+		return 0, io.ErrShortBuffer
+	}
+	*b = append(*b, p...)
+	return len(p), nil
 }

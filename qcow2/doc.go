@@ -17,9 +17,9 @@
 //
 // Encryption, external data files, extended L2 entries and unknown incompatible
 // features are refused with ErrUnsupported. An image that is marked dirty or
-// corrupt is opened for reading only. Compressed clusters are read; a write to
-// one makes it a normal cluster. Internal snapshots are kept: what they share is
-// copied before it is written.
+// corrupt is opened for reading only. WriteCompressed makes compressed clusters;
+// any other write to one makes it a normal cluster. Internal snapshots are kept:
+// what they share is copied before it is written.
 //
 // # Trust
 //
@@ -54,6 +54,10 @@
 // not cover at the head and the tail only, without the lock; and then publishes
 // the new L2 entries under the exclusive side again. Requests that overlap a
 // range being filled wait for that range and nothing else.
+//
+// Compressed clusters are packed one after the other into host clusters, each of
+// which has as many references as compressed clusters touch it. A host cluster
+// into which more may be packed is held: its count is not lowered meanwhile.
 //
 // Whole clusters are made zero by a flag in their entries, which hides the
 // backing file; those that the image owns stay where they are, and their holes

@@ -173,6 +173,7 @@ func (m *Image) captureDirty() *capture {
 		}
 		return false
 	})
+	m.withhold(c)
 	for _, s := range m.cache.dirty {
 		s.dirty, s.inCommit, s.frozen = false, true, true
 		table := int64(m.l1[m.l1Index(s.id)] & entryOffset)
@@ -221,7 +222,7 @@ func (m *Image) recycle(free []uint64) {
 		return
 	}
 	m.counts.freed.Add(uint64(len(free)))
-	m.decoded.Purge() // it goes by offsets, which may have other data soon
+	m.decoder.forget() // it goes by offsets, which may have other data soon
 	var holes []extent
 	m.mu.RLock()
 	for _, c := range free {

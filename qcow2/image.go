@@ -24,10 +24,11 @@ type Image struct {
 	features uint64 // incompatible ones, as in the file at open
 	l1Offset int64
 
-	counts  counters
-	refs    *refcounts
-	commits commits
-	decoded *decodedCache
+	counts   counters
+	refs     *refcounts
+	commits  commits
+	decoder  *decoder
+	encoders *encoders // of a writable image
 
 	// broken is set once, when the image can no longer be written: found to
 	// be corrupt, or a flush failed. It stays. Any goroutine may set it.
@@ -61,6 +62,7 @@ type Image struct {
 	covered  uint64
 	inflight inflight
 	pool     pool
+	packer   packer
 	epochs   epochs
 
 	// What the next commit has to make durable, beside the dirty slices:
@@ -307,6 +309,7 @@ func (m *Image) exclusively(f func() error) error {
 	gate := make(chan struct{})
 	m.gate = gate
 	m.drain()
+	m.sealPacker()
 	m.mu.Unlock()
 	defer func() {
 		m.lock()
@@ -333,6 +336,7 @@ func (m *Image) Close() error {
 	}
 	m.closed = true
 	m.drain()
+	m.sealPacker()
 	m.mu.Unlock()
 	var err error
 	if !m.readOnly {

@@ -27,6 +27,9 @@ type Options struct {
 	// DefaultL2CacheBytes. All of an image's tables take its size divided by
 	// ClusterSize/8. Backing files have a cache of the same size each.
 	L2CacheBytes int64
+	// CompressionLevel is how hard WriteCompressed tries: from 1, the
+	// fastest, to 9, the smallest; 0 means the default, 6.
+	CompressionLevel int
 }
 
 // Open opens the image at path and its chain of backing files. The image is
@@ -151,7 +154,8 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	m.zlib = h.compression == compressionDeflate
 	m.features = h.incompatible
 	m.l1Offset = int64(h.l1Offset) //nolint:gosec // G115: validated
-	m.decoded = newDecodedCache(m.clusterSize)
+	m.decoder = newDecoder(m.clusterSize)
+	m.packer.held = map[uint64]*packed{}
 	cacheBytes := opts.L2CacheBytes
 	if cacheBytes == 0 {
 		cacheBytes = DefaultL2CacheBytes
@@ -160,6 +164,9 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 		return &Error{Kind: ErrInvalidOption, What: fmt.Sprintf("an L2 cache of %d bytes is impossible", cacheBytes)}
 	}
 	var err error
+	if m.encoders, err = newEncoders(&m.geometry, m.zlib, opts.CompressionLevel); err != nil {
+		return err
+	}
 	if m.cache, err = newSliceCache(&m.geometry, cacheBytes); err != nil {
 		return err
 	}

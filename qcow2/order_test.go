@@ -58,7 +58,7 @@ func TestPin(t *testing.T) {
 	if _, err := m.ReadAt(want, 0); err != nil {
 		t.Fatal(err)
 	}
-	m.decoded.Purge()
+	m.decoder.forget()
 	var first atomic.Bool
 	gate := newGate(m, func(write bool, off, n int64) bool { return !write && n < 4096 && first.CompareAndSwap(false, true) })
 	got := make([]byte, 4096)

@@ -1,0 +1,599 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// fillCluster fills b with one of: zeros, bytes that do not compress, and bytes
+// that do, more or less.
+func fillCluster(r *rand.Rand, b []byte) {
+	clear(b)
+	if how := r.IntN(8); how > 0 {
+		fillRandom(r, b[:len(b)*how/7/(1+r.IntN(3))])
+	}
+}
+
+// writeClusters writes all of model, each cluster compressed, from several
+// goroutines.
+func writeClusters(t *testing.T, m *Image, model []byte) {
+	t.Helper()
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for {
+				off := next.Add(m.clusterSize) - m.clusterSize
+				if off >= m.Size() {
+					return
+				}
+				if err := m.WriteCompressed(model[off:min(off+m.clusterSize, m.Size())], off); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestWriteCompressed lets QEMU judge images whose clusters were written
+// compressed, by several goroutines, twice.
+func TestWriteCompressed(t *testing.T) {
+	for _, c := range []struct {
+		options string
+		size    int
+	}{
+		{"cluster_size=512,refcount_bits=1", 61440},
+		{"cluster_size=512,refcount_bits=16,compression_type=zstd", 61440},
+		{"cluster_size=4k,refcount_bits=2,compression_type=zstd", 1<<20 + 512},
+		{"cluster_size=4k,refcount_bits=4", 1 << 20},
+		{"cluster_size=64k,refcount_bits=8,compression_type=zstd", 5<<20 + 512},
+		{"cluster_size=64k,compat=0.10", 5 << 20},
+		{"cluster_size=64k,refcount_bits=32", 5<<20 + 1024},
+		{"cluster_size=2M,refcount_bits=64", 11 << 20},
+		{"cluster_size=2M,refcount_bits=1,compression_type=zstd", 9 << 20},
+	} {
+		t.Run(c.options, func(t *testing.T) {
+			r := newSeed(t)
+			dir := t.TempDir()
+			path := filepath.Join(dir, "disk.qcow2")
+			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", c.options, path, fmt.Sprint(c.size))
+			m := open(t, path, Options{CompressionLevel: r.IntN(8)})
+			model := make([]byte, m.Size())
+			for range 2 {
+				for off := int64(0); off < m.Size(); off += m.clusterSize {
+					fillCluster(r, model[off:min(off+m.clusterSize, m.Size())])
+				}
+				writeClusters(t, m, model)
+			}
+			got := make([]byte, m.Size())
+			must(t, m.ReadvAt([][]byte{got}, 0))
+			if !bytes.Equal(got, model) {
+				t.Error("wrong contents while open")
+			}
+			closeImage(t, m)
+			qemu(t, "qemu-img", "check", "-q", path)
+			compare(t, dir, path, model)
+			result, err := Check(t.Context(), path, CheckOptions{})
+			if err != nil || !result.Clean() || result.Compressed == 0 {
+				t.Errorf("check: %+v, %v", result, err)
+			}
+			m = open(t, path, Options{ReadOnly: true})
+			must(t, m.ReadvAt([][]byte{got}, 0))
+			if !bytes.Equal(got, model) {
+				t.Error("wrong contents once opened again")
+			}
+		})
+	}
+}
+
+// TestCompressedOverBacking shows that a cluster of zeros hides the backing file,
+// in version 2 too, which has no flag for it.
+func TestCompressedOverBacking(t *testing.T) {
+	for _, version := range []int{2, 3} {
+		dir := t.TempDir()
+		writeFile(t, dir+"/base.raw", bytes.Repeat([]byte{7}, 300032))
+		path := dir + "/disk.qcow2"
+		must(t, Create(path, CreateOptions{Size: 300032, Version: version, BackingFile: "base.raw", BackingFormat: "raw"}))
+		m := open(t, path, Options{})
+		model := bytes.Repeat([]byte{7}, 300032)
+		for _, off := range []int64{65536, 262144} {
+			clear(model[off:min(off+65536, m.Size())])
+			must(t, m.WriteCompressed(model[off:min(off+65536, m.Size())], off))
+		}
+		closeImage(t, m)
+		qemu(t, "qemu-img", "check", "-q", path)
+		compare(t, dir, path, model)
+		if fi, err := os.Stat(path); err != nil || fi.Size() > 7<<16 {
+			t.Errorf("version %d: zeros took room: %d bytes, %v", version, fi.Size(), err)
+		}
+	}
+}
+
+// TestPackDensely shows that compressed clusters share host clusters, as far as
+// the width of the reference counts allows.
+func TestPackDensely(t *testing.T) {
+	for bits, most := range map[int]int64{1: 64, 2: 22, 16: 3} {
+		m := open(t, create(t, CreateOptions{Size: 64 << 16, RefcountBits: bits}), Options{})
+		model := bytes.Repeat([]byte("calf"), 64<<14)
+		before := m.Stats().Allocated
+		writeClusters(t, m, model)
+		if n := int64(m.Stats().Allocated-before) - 1; n > most { //nolint:gosec // G115: small
+			t.Errorf("%d bits: %d host clusters, want at most %d", bits, n, most)
+		}
+		closeImage(t, m)
+		qemu(t, "qemu-img", "check", "-q", m.path)
+	}
+}
+
+func TestWriteCompressedRefusals(t *testing.T) {
+	path := create(t, CreateOptions{Size: 100352})
+	m := open(t, path, Options{})
+	b := make([]byte, 1<<16)
+	for _, c := range []struct{ n, off int64 }{{1 << 16, 512}, {512, 0}, {1 << 16, 1 << 16}, {100352 - 1<<16 + 1, 1 << 16}, {512, -512}} {
+		if err := m.WriteCompressed(b[:c.n], c.off); !errors.Is(err, ErrRange) {
+			t.Errorf("%d bytes at %d: %v", c.n, c.off, err)
+		}
+	}
+	must(t, m.WriteCompressed(b[:100352-1<<16], 1<<16))
+	m.data = &memFile{}
+	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 1<<16), 0); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("an image with a data file: %v", err)
+	}
+	m.data = m.file
+	closeImage(t, m)
+	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 1<<16), 0); !errors.Is(err, ErrClosed) {
+		t.Errorf("a closed image: %v", err)
+	}
+	m = open(t, path, Options{ReadOnly: true})
+	if err := m.WriteCompressed(b, 0); !errors.Is(err, ErrReadOnly) {
+		t.Errorf("an image open for reading: %v", err)
+	}
+	closeImage(t, m)
+	for _, level := range []int{-1, 10} {
+		if _, err := Open(path, Options{CompressionLevel: level}); !errors.Is(err, ErrInvalidOption) {
+			t.Errorf("level %d: %v", level, err)
+		}
+	}
+}
+
+// TestPackModel mixes compressed writes with others, discards and flushes from
+// several goroutines, of which each owns every n-th cluster.
+func TestPackModel(t *testing.T) {
+	rounds, ops := 3, 150
+	if brief() {
+		rounds, ops = 2, 60
+	}
+	for _, options := range []string{
+		"cluster_size=512,refcount_bits=2", "cluster_size=4k,compression_type=zstd", "cluster_size=4k,refcount_bits=4", "cluster_size=64k",
+	} {
+		t.Run(options, func(t *testing.T) {
+			r := newSeed(t)
+			dir := t.TempDir()
+			path := filepath.Join(dir, "disk.qcow2")
+			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, "2M")
+			model := make([]byte, 2<<20)
+			for range rounds {
+				m := open(t, path, Options{L2CacheBytes: 1})
+				packRound(t, m, r, model, ops)
+				must(t, m.Flush())
+				checkFile(t, m, path)
+				closeImage(t, m)
+			}
+			qemu(t, "qemu-img", "check", "-q", path)
+			compare(t, dir, path, model)
+		})
+	}
+}
+
+func packRound(t *testing.T, m *Image, r *rand.Rand, model []byte, ops int) {
+	t.Helper()
+	const workers = 4
+	var wg sync.WaitGroup
+	for g := range workers {
+		r := rand.New(rand.NewPCG(r.Uint64(), 0))
+		wg.Go(func() {
+			clusters := len(model) / int(m.clusterSize)
+			for range ops {
+				at := int64(r.IntN(min(clusters, 64)/workers)*workers+g) * m.clusterSize
+				mine := model[at : at+m.clusterSize]
+				if err := packStep(m, r, mine, at); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// packStep does something random to the cluster at off, whose contents are mine.
+func packStep(m *Image, r *rand.Rand, mine []byte, off int64) error {
+	switch r.IntN(8) {
+	case 0:
+		return m.Flush()
+	case 1:
+		got := make([]byte, len(mine))
+		_, err := m.ReadAt(got, off)
+		if err == nil && !bytes.Equal(got, mine) {
+			err = fmt.Errorf("the cluster at %d differs", off)
+		}
+		return err
+	case 2:
+		clear(mine)
+		return eraser(m, r.IntN(3))(off, int64(len(mine)))
+	case 3:
+		part := mine[r.IntN(len(mine)):]
+		fillRandom(r, part)
+		_, err := m.WriteAt(part, off+int64(len(mine)-len(part)))
+		return err
+	}
+	fillCluster(r, mine)
+	return m.WriteCompressed(mine, off)
+}
+
+// TestPackHeld shows that a host cluster into which more may be packed is not
+// taken for free when its only reference goes.
+func TestPackHeld(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	b := func(v byte) []byte { return bytes.Repeat([]byte{v}, 4096) }
+	check := func(what string) {
+		t.Helper()
+		must(t, m.Flush())
+		if v := checkImage(run.f.data); len(v.corruptions) > 0 {
+			t.Fatalf("%s: %v", what, v.corruptions)
+		}
+	}
+	must(t, m.WriteCompressed(b(1), 0))
+	check("one compressed cluster")
+	must(t, m.WritevAt([][]byte{b(2)}, 0))
+	for range 4 {
+		check("none")
+	}
+	// One is held up on its way into that host cluster, while others fill it.
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, _, n int64) bool { return write && n < 512 && first.CompareAndSwap(false, true) })
+	done := make(chan error)
+	go func() { done <- m.WriteCompressed(b(3), 4096) }()
+	<-gate.held
+	for i := range int64(400) {
+		must(t, m.WriteCompressed(b(byte(i)|1), 8192+i%8*4096))
+	}
+	for range 4 {
+		check("one held up")
+	}
+	close(gate.open)
+	must(t, <-done)
+	for i := range int64(8) {
+		must(t, m.WritevAt([][]byte{b(9)}, 8192+i*4096))
+		check("the last of all")
+	}
+	got := make([]byte, 4096)
+	if _, err := m.ReadAt(got, 4096); err != nil || !bytes.Equal(got, b(3)) {
+		t.Errorf("the one that was held up reads as %x..., %v", got[:4], err)
+	}
+	closeImage(t, m)
+	if v := checkImage(run.f.data); len(v.corruptions) > 0 || v.leaks > 0 {
+		t.Error(v)
+	}
+}
+
+// TestPackReuse reads a compressed cluster, replaces it, and has another one of
+// the same length put where it was: the reader must not get the old one.
+func TestPackReuse(t *testing.T) {
+	r := newSeed(t)
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096, RefcountBits: 1}, nil)
+	run.f.rec = false
+	m := run.open(t, run.f, false)
+	b, got := make([]byte, 4096), make([]byte, 4096)
+	seen := map[place]bool{}
+	again := 0
+	for i := range 60 {
+		fillRandom(r, b[:1000])
+		off := int64(i%3) * 4096
+		must(t, m.WriteCompressed(b, off))
+		if _, err := m.ReadAt(got, off); err != nil || !bytes.Equal(got, b) {
+			t.Fatalf("round %d: wrong contents, %v", i, err)
+		}
+		s, err := m.find(off, 1, 0)
+		must(t, err)
+		s.pin.leave()
+		at := place{s.host, s.size}
+		if seen[at] {
+			again++
+		}
+		seen[at] = true
+		must(t, m.Flush())
+		must(t, m.Flush())
+		if i%20 == 19 {
+			m.lock()
+			m.sealPacker() // as before what runs exclusively
+			m.mu.Unlock()
+		}
+	}
+	if again == 0 {
+		t.Error("no place was used again")
+	}
+	closeImage(t, m)
+}
+
+// farFile is a file with a gap that nothing is stored for, from near to far.
+type farFile struct {
+	memFile
+	far  int64
+	high memFile
+}
+
+func (f *farFile) part(off int64) (*memFile, int64) {
+	if off >= f.far {
+		return &f.high, off - f.far
+	}
+	return &f.memFile, off
+}
+
+func (f *farFile) ReadvAt(iov [][]byte, off int64) error {
+	p, off := f.part(off)
+	return p.ReadvAt(iov, off)
+}
+
+func (f *farFile) WritevAt(iov [][]byte, off int64) error {
+	p, off := f.part(off)
+	return p.WritevAt(iov, off)
+}
+
+// TestPackTooFar lets the file be so long that the entry of a compressed cluster
+// cannot point to its free clusters: only compressed writes fail, by name.
+func TestPackTooFar(t *testing.T) {
+	b, err := os.ReadFile(create(t, CreateOptions{Size: 64 << 20, ClusterSize: 2 << 20, RefcountBits: 1}))
+	must(t, err)
+	f := &farFile{memFile: memFile{data: b}, far: 512 << 40}
+	m, err := openFile(f, "memory", Options{}, &chain{})
+	must(t, err)
+	model := make([]byte, 4<<20)
+	for i := range model {
+		model[i] = byte(i >> 9)
+	}
+	must(t, m.WriteCompressed(model[:2<<20], 0)) // and so there is an L2 table
+	m.lock()
+	m.pool = pool{}
+	m.sealPacker()
+	m.pool = pool{}
+	m.refs.cursor = m.cluster(f.far)
+	m.mu.Unlock()
+	err = m.WriteCompressed(model[2<<20:], 2<<20)
+	if !errors.Is(err, syscall.EFBIG) || !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "compressed") {
+		t.Errorf("a compressed write: %v", err)
+	}
+	must(t, m.WritevAt([][]byte{model[2<<20:]}, 2<<20))
+	must(t, m.Flush())
+	closeImage(t, m)
+	m, err = openFile(f, "memory", Options{ReadOnly: true}, &chain{})
+	must(t, err)
+	got := make([]byte, 4<<20)
+	if _, err := m.ReadAt(got, 0); err != nil || !bytes.Equal(got, model) {
+		t.Errorf("wrong contents, %v", err)
+	}
+	s, err := m.find(2<<20, 1, 0)
+	if err != nil || s.host < f.far {
+		t.Errorf("the normal cluster is at %#x, %v", s.host, err)
+	}
+	s.pin.leave()
+}
+
+// packWork is work with compressed writes of whole clusters. Goroutine g of n owns
+// every n-th cluster.
+func (run *crashRun) packWork(t testing.TB, m *Image, r *rand.Rand, g, n, ops int) {
+	written := map[uint64]change{}
+	per := uint64(m.clusterSize / sector)
+	for i := range ops {
+		seq := uint64(i + 2)
+		if r.IntN(5) == 0 {
+			before := maps.Clone(written)
+			if err := m.Flush(); err != nil {
+				t.Error(err)
+				return
+			}
+			pos := uint64(run.f.mark("flush"))
+			for lba, last := range before {
+				last.pos = pos
+				run.sectors[lba].floors = append(run.sectors[lba].floors, last)
+			}
+			continue
+		}
+		lba := (r.Uint64N(uint64(len(run.sectors))/per/uint64(n))*uint64(n) + uint64(g)) * per
+		count, zero := per, false
+		do := func() error { return m.WriteCompressed(stamps(lba, per, seq), int64(lba)*sector) }
+		switch r.IntN(6) {
+		case 0:
+			count = 1
+			do = func() error { return writeStamps(m, lba, 1, seq) }
+		case 1:
+			zero = true
+			do = func() error { return m.Discard(int64(lba)*sector, m.clusterSize) }
+		}
+		for s := lba; s < lba+count; s++ {
+			c := change{pos: uint64(run.f.mark("change")), seq: seq, zero: zero}
+			run.sectors[s].issued = append(run.sectors[s].issued, c)
+			written[s] = c
+		}
+		if err := do(); err != nil {
+			t.Error(err)
+			return
+		}
+	}
+}
+
+// stamps returns count stamped sectors.
+func stamps(lba, count, seq uint64) []byte {
+	b := make([]byte, count*sector)
+	for i := range count {
+		stamp(b[i*sector:], lba+i, seq)
+	}
+	return b
+}
+
+// TestCrashPack cuts the power while compressed clusters are packed, replaced and
+// their host clusters used again.
+func TestCrashPack(t *testing.T) {
+	for _, c := range []struct {
+		opts       CreateOptions
+		goroutines int
+	}{
+		{CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 2}, 1},
+		{CreateOptions{Size: 128 << 10, ClusterSize: 4096}, 1},
+		{CreateOptions{Size: 128 << 10, ClusterSize: 4096, RefcountBits: 4}, 3},
+	} {
+		t.Run(fmt.Sprint(c.opts.ClusterSize, c.goroutines), func(t *testing.T) {
+			r := newSeed(t)
+			run := crashImage(t, c.opts, nil)
+			m := run.open(t, run.f, false)
+			var wg sync.WaitGroup
+			for g := range c.goroutines {
+				rg := rand.New(rand.NewPCG(r.Uint64(), 0))
+				wg.Go(func() { run.packWork(t, m, rg, g, c.goroutines, 120/c.goroutines) })
+			}
+			wg.Wait()
+			closeImage(t, m)
+			if v := checkImage(run.f.data); len(v.corruptions) > 0 || v.leaks > 0 {
+				t.Errorf("after Close: %+v", v)
+			}
+			i := 0
+			n := run.states(r, 3, func(s state) bool {
+				if i++; brief() && i%6 != 0 {
+					return true
+				}
+				err := run.verify(t, s)
+				if err == nil && i%60 == 0 {
+					err = run.again(t, s, r)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+				return err == nil
+			})
+			t.Logf("%d states", n)
+		})
+	}
+}
+
+// TestPackFaults fails each file operation of a workload of compressed writes.
+// Whatever failed, the image is consistent, and a cluster has what was written to
+// it last or, where that failed, before.
+func TestPackFaults(t *testing.T) {
+	seed := newSeed(t).Uint64()
+	run := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 1024, RefcountBits: 4}, nil)
+	total := packFaultRun(t, run, seed, func(int, string) error { return nil })
+	step := 1
+	if brief() {
+		step = 7
+	}
+	for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
+		for _, always := range []bool{false, true} {
+			for at := 1; at <= total && !t.Failed(); at += step {
+				packFaultRun(t, run, seed, func(n int, op string) error {
+					if (n == at || always && n > at) && (op != "sync" || errno != syscall.ENOSPC) {
+						return errno
+					}
+					return nil
+				})
+				if t.Failed() {
+					t.Logf("%v at operation %d, always %v", errno, at, always)
+				}
+			}
+		}
+	}
+}
+
+func packFaultRun(t *testing.T, run *crashRun, seed uint64, fail func(n int, op string) error) int {
+	t.Helper()
+	r := rand.New(rand.NewPCG(seed, 1))
+	f := &memFile{data: append([]byte(nil), run.start...)}
+	m := run.open(t, f, false)
+	ops := 0
+	f.fail = func(op string) error { ops++; return fail(ops, op) }
+	may := make([]map[uint64]bool, len(run.sectors)) // what a sector may have, whatever was flushed
+	now := make([]map[uint64]bool, len(run.sectors)) // what it has
+	for i := range may {
+		may[i], now[i] = map[uint64]bool{0: true}, map[uint64]bool{0: true}
+	}
+	for seq := uint64(2); seq < 60; seq++ {
+		lba, count := r.Uint64N(uint64(len(may))/2)*2, uint64(2)
+		value, err := seq, error(nil)
+		switch r.IntN(8) {
+		case 0, 1:
+			if err := m.Flush(); err != nil && !known(err) {
+				t.Errorf("flush: %v", err)
+			}
+			continue
+		case 2:
+			value, err = 0, m.Discard(int64(lba*sector), int64(count*sector))
+		case 3:
+			err = writeStamps(m, lba, count, seq)
+		default:
+			err = m.WriteCompressed(stamps(lba, count, seq), int64(lba*sector))
+		}
+		if err != nil && !known(err) {
+			t.Errorf("write: %v", err)
+		}
+		for i := lba; i < lba+count; i++ {
+			may[i][value] = true
+			if err == nil {
+				now[i] = map[uint64]bool{}
+			}
+			now[i][value] = true
+		}
+	}
+	f.fail = nil
+	total := ops
+	if m.Close() == nil {
+		may = now
+		if v := checkImage(f.data); v.leaks > 0 {
+			t.Errorf("%d leaks after a Close that succeeded", v.leaks)
+		}
+	}
+	verifyFaulted(t, run, f, may)
+	return total
+}
+
+// TestPackAbandon fails a compressed write: the host clusters that were meant for
+// it are free again.
+func TestPackAbandon(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	must(t, m.WritevAt([][]byte{{1}}, 0)) // so that there is an L2 table
+	free := func() (n uint64) {
+		for _, e := range append(m.pool.recycled, m.pool.fresh...) {
+			n += e.n
+		}
+		return n
+	}
+	before := free()
+	run.f.fail = func(op string) error {
+		if op == "write" {
+			return syscall.ENOSPC
+		}
+		return nil
+	}
+	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 4096), 4096); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("on a full disk: %v", err)
+	}
+	run.f.fail = nil
+	m.sealPacker()
+	if n := free(); n != before || len(m.packer.held) > 0 {
+		t.Errorf("%d clusters are free, %d were, %d held", n, before, len(m.packer.held))
+	}
+	must(t, m.WriteCompressed(bytes.Repeat([]byte{1}, 4096), 4096))
+	closeImage(t, m)
+}
