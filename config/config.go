@@ -63,6 +63,12 @@ type Disk struct {
 	QueueSize   int      `toml:"queue_size"` // descriptors per queue
 	Cache       string   `toml:"cache"`
 	Engine      string   `toml:"engine"`
+	Discard     *bool    `toml:"discard"` // nil = true: the guest can give space back
+	OnError     string   `toml:"on_error"`
+	ByteRate    Size     `toml:"byte_rate,omitzero"`  // per second; 0 = any
+	ByteBurst   Size     `toml:"byte_burst,omitzero"` // 0 = a tenth of a second's
+	OpRate      int      `toml:"op_rate,omitzero"`    // requests per second; 0 = any
+	OpBurst     int      `toml:"op_burst,omitzero"`   // 0 = a tenth of a second's
 	Serial      string   `toml:"serial,omitempty"`
 	BackingDirs []string `toml:"backing_dirs,omitempty"`
 	L2Cache     Size     `toml:"l2_cache,omitzero"` // 0 = the image engine decides
@@ -74,7 +80,22 @@ const (
 	FormatRaw   = "raw"
 )
 
+// The cache modes of a disk.
 const (
+	CacheWriteback    = "writeback"    // what the guest has written is durable when it has flushed
+	CacheWritethrough = "writethrough" // or when the write has completed
+	CacheNone         = "none"         // as writeback, but past the host's page cache
+	CacheUnsafe       = "unsafe"       // nothing is made durable
+)
+
+// What to do when a disk fails.
+const (
+	OnErrorReport = "report" // tell the guest
+	OnErrorStop   = "stop"   // let the guest wait until the user says to go on
+)
+
+const (
+	maxDisks         = 31 // slots of the PCI bus
 	maxQueues        = 64
 	defaultQueueSize = 256
 	defaultMemory    = 512 << 20 // bytes
@@ -96,8 +117,11 @@ func (c *Config) Effective() *Config {
 		d.Format = orDefault(d.Format, formatOf(d.Path))
 		d.Queues = orDefault(d.Queues, min(e.VM.CPUs, maxQueues))
 		d.QueueSize = orDefault(d.QueueSize, defaultQueueSize)
-		d.Cache = orDefault(d.Cache, "writeback")
+		d.Cache = orDefault(d.Cache, CacheWriteback)
 		d.Engine = orDefault(d.Engine, "auto")
+		yes := true
+		d.Discard = orDefault(d.Discard, &yes)
+		d.OnError = orDefault(d.OnError, OnErrorReport)
 		d.BackingDirs = slices.Clone(d.BackingDirs)
 	}
 	return &e

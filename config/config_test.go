@@ -63,7 +63,8 @@ func TestLoadReadsEveryKey(t *testing.T) {
 		},
 		Disks: []config.Disk{{
 			Path: filepath.Join(dir, "debian-12.qcow2"), Snapshot: true, Queues: 4, QueueSize: 128,
-			Cache: "writeback", Engine: "sync", Serial: "root",
+			Cache: "unsafe", Engine: "sync", Discard: new(false), OnError: "stop", Serial: "root",
+			ByteRate: 100 << 20, ByteBurst: 1 << 20, OpRate: 2000, OpBurst: 50,
 			BackingDirs: []string{"/var/lib/images", filepath.Join(dir, "bases")}, L2Cache: 32 << 20,
 		}, {Path: "/srv/data.img", Format: "raw"}},
 	}
@@ -81,8 +82,8 @@ func TestEffectiveFillsInTheDefaults(t *testing.T) {
 	want := &config.Config{
 		VM: config.VM{CPUs: 3, Memory: 512 << 20},
 		Disks: []config.Disk{
-			{Path: "/dir/a.QCOW2", Format: "qcow2", Queues: 3, QueueSize: 256, Cache: "writeback", Engine: "auto"},
-			{Path: "/dir/b", Format: "raw", Queues: 1, QueueSize: 256, Cache: "writeback", Engine: "auto"},
+			{Path: "/dir/a.QCOW2", Format: "qcow2", Queues: 3, QueueSize: 256, Cache: "writeback", Engine: "auto", Discard: new(true), OnError: "report"},
+			{Path: "/dir/b", Format: "raw", Queues: 1, QueueSize: 256, Cache: "writeback", Engine: "auto", Discard: new(true), OnError: "report"},
 		},
 	}
 	if diff := cmp.Diff(want, got, ignoreOrigins); diff != "" {

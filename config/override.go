@@ -89,7 +89,7 @@ func setKeys(disk *Disk, from origin, settings []string) (given []string, errs E
 		f := fields[i]
 		target := dst.Field(f.index)
 		again := slices.Contains(given, "."+key)
-		if !hasValue && target.Kind() == reflect.Bool {
+		if !hasValue && isBool(target) {
 			value = "true"
 		}
 		var msg string
@@ -117,16 +117,16 @@ func setKeys(disk *Disk, from origin, settings []string) (given []string, errs E
 // holds several. It returns why it could not, or "".
 func setText(dst reflect.Value, r rule, text string) string {
 	var value any = text
-	switch dst.Kind() {
-	case reflect.Int:
+	switch {
+	case dst.Kind() == reflect.Int:
 		if n, err := strconv.ParseInt(text, 10, 64); err == nil {
 			value = n
 		}
-	case reflect.Bool:
+	case isBool(dst):
 		if text == "true" || text == "false" {
 			value = text == "true"
 		}
-	case reflect.Slice:
+	case dst.Kind() == reflect.Slice:
 		items := []any{text}
 		for i := range dst.Len() {
 			items = slices.Insert(items, i, dst.Index(i).Interface())
@@ -140,6 +140,11 @@ func setText(dst reflect.Value, r rule, text string) string {
 		return r.refusal(dst.Type(), value)
 	}
 	return ""
+}
+
+// isBool reports whether v is a bool, or one that may be unset.
+func isBool(v reflect.Value) bool {
+	return v.Kind() == reflect.Bool || v.Type() == reflect.TypeFor[*bool]()
 }
 
 // setOrigin records where a value came from.

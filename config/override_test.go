@@ -1,8 +1,10 @@
 package config_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -87,16 +89,18 @@ func TestAddDisk(t *testing.T) {
 		{name: "base overridden", spec: "/a.qcow2,snapshot=false", base: config.Disk{Snapshot: true}, want: config.Disk{Path: "/a.qcow2"}},
 		{
 			name: "every key",
-			spec: "/a.img,format=raw,readonly,snapshot=true,queues=2,queue_size=64,cache=writeback,engine=sync,serial=s",
+			spec: "/a.img,format=raw,readonly,snapshot=true,queues=2,queue_size=64,cache=writethrough,engine=sync,discard=false,on_error=stop,byte_rate=1M,byte_burst=64K,op_rate=100,op_burst=7,serial=s",
 			want: config.Disk{
 				Path: "/a.img", Format: "raw", ReadOnly: true, Snapshot: true, Queues: 2, QueueSize: 64,
-				Cache: "writeback", Engine: "sync", Serial: "s",
+				Cache: "writethrough", Engine: "sync", Discard: new(false), OnError: "stop", Serial: "s",
+				ByteRate: 1 << 20, ByteBurst: 64 << 10, OpRate: 100, OpBurst: 7,
 			},
 		},
 		{
 			name: "lists and sizes", spec: "/a.qcow2,backing_dirs=/b,backing_dirs=c,l2_cache=1M",
 			want: config.Disk{Path: "/a.qcow2", BackingDirs: []string{"/b", filepath.Join(wd, "c")}, L2Cache: 1 << 20},
 		},
+		{name: "flags without a value", spec: "/a.qcow2,discard", want: config.Disk{Path: "/a.qcow2", Discard: new(true)}},
 		{name: "comma", spec: "/a,,b.qcow2,serial=x,,y", want: config.Disk{Path: "/a,b.qcow2", Serial: "x,y"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -132,8 +136,8 @@ func TestAddDiskErrorsNameTheFlag(t *testing.T) {
 	for _, tt := range []struct{ spec, want string }{
 		{"", `--disk "": the path of the image is missing`},
 		{",format=raw", `--disk ",format=raw": the path of the image is missing`},
-		{"a.qcow2,fromat=raw", `--disk a.qcow2: unknown key "fromat" in [[disk]]: did you mean "format"? (accepted here: format, readonly, snapshot, queues, queue_size, cache, engine, serial, backing_dirs, l2_cache)`},
-		{"a.qcow2,queues=0,discard=true", "--disk a.qcow2: queues must be an integer from 1 to 64, not 0\n--disk a.qcow2: disk.discard is not supported by this version of calf"},
+		{"a.qcow2,fromat=raw", `--disk a.qcow2: unknown key "fromat" in [[disk]]: did you mean "format"? (accepted here: format, readonly, snapshot, queues, queue_size, cache, engine, discard, on_error, byte_rate, byte_burst, op_rate, op_burst, serial, backing_dirs, l2_cache)`},
+		{"a.qcow2,queues=0,discard=1", "--disk a.qcow2: queues must be an integer from 1 to 64, not 0\n--disk a.qcow2: discard must be true or false, not \"1\""},
 		{"a.qcow2,queues", `--disk a.qcow2: queues must be an integer from 1 to 64, not ""`},
 		{"a.qcow2,readonly=yes", `--disk a.qcow2: readonly must be true or false, not "yes"`},
 		{"a.qcow2,serial=a,serial=b", "--disk a.qcow2: serial is given twice"},
@@ -154,5 +158,43 @@ func TestAddDiskErrorsNameTheFlag(t *testing.T) {
 	const want = `--disk a.img: format is missing: "a.img" does not end in .qcow2, and the format is never guessed from content: set format to "raw" or "qcow2"`
 	if err := c.Validate(); err == nil || err.Error() != want {
 		t.Errorf("Validate = %v, want %s", err, want)
+	}
+}
+
+// TestDiskKeysTogether checks values that are right by themselves but not with
+// each other, and the number of disks, which is refused before any is opened.
+func TestDiskKeysTogether(t *testing.T) {
+	for _, tt := range []struct{ spec, want string }{
+		{"/a.qcow2,cache=none", `cache "none" is not supported by this version of calf for format "qcow2": use "writeback"`},
+		{"/a.img,format=raw,cache=none,snapshot", `cache "none" cannot be had with a snapshot, whose throw-away overlay lies in the page cache: use "writeback"`},
+		{"/a.img,format=raw,cache=none,snapshot,readonly", ""},
+		{"/a.img,format=raw,cache=none", ""},
+		{"/a.qcow2,byte_burst=1M", "byte_burst means nothing without byte_rate: set it, or remove this"},
+		{"/a.qcow2,op_burst=1", "op_burst means nothing without op_rate: set it, or remove this"},
+	} {
+		c := parse(t, base)
+		if err := c.AddDisk("--disk", tt.spec, config.Disk{}); err != nil {
+			t.Fatal(err)
+		}
+		err := c.Validate()
+		switch {
+		case tt.want == "" && err != nil:
+			t.Errorf("%s: %v", tt.spec, err)
+		case tt.want != "" && (err == nil || !strings.HasSuffix(err.Error(), tt.want)):
+			t.Errorf("%s: %v, want %s", tt.spec, err, tt.want)
+		}
+	}
+	c := parse(t, base)
+	for i := len(c.Disks); i <= 31; i++ {
+		if err := c.Validate(); err != nil {
+			t.Fatalf("%d disks: %v", i, err)
+		}
+		if err := c.AddDisk("--disk", fmt.Sprintf("/%d.qcow2", i), config.Disk{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const want = "--disk /31.qcow2: one disk too many: a guest has at most 31"
+	if err := c.Validate(); err == nil || err.Error() != want {
+		t.Errorf("32 disks: %v, want %s", err, want)
 	}
 }

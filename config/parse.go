@@ -190,6 +190,9 @@ func convert(t reflect.Type, value any) (any, bool) {
 	case reflect.TypeFor[bool]():
 		v, ok := value.(bool)
 		return v, ok
+	case reflect.TypeFor[*bool]():
+		v, ok := value.(bool)
+		return &v, ok
 	case reflect.TypeFor[string]():
 		v, ok := value.(string)
 		return v, ok

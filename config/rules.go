@@ -45,22 +45,28 @@ var rules = map[string]rule{
 	"boot.initrd":  {doc: "Initial RAM disk.", path: true},
 	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own.", max: 2047, ascii: true},
 
-	"disk":              {doc: "The disks, in order: vda, vdb and so on."},
+	"disk":              {doc: "The disks, in order: vda, vdb and so on; at most 31."},
 	"disk.path":         {doc: "The image.", path: true},
 	"disk.format":       {doc: "Format of the image. It may be left out if the name ends in .qcow2; it is never guessed from content.", values: []string{FormatQCOW2, FormatRaw}},
 	"disk.readonly":     {doc: "Whether the guest is kept from writing."},
 	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is."},
 	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
 	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 4, max: 1024, powerOfTwo: true},
-	"disk.cache":        {doc: "Cache mode.", values: []string{"writeback"}, later: []string{"writethrough", "none", "unsafe"}},
+	"disk.cache":        {doc: "When writes are durable: writeback, when the guest has flushed them; writethrough, when they complete; none, as writeback, but past the host's page cache (O_DIRECT), for raw images; unsafe, never, so that a crash of the host may take the image with it.", values: []string{CacheWriteback, CacheWritethrough, CacheNone, CacheUnsafe}},
 	"disk.engine":       {doc: "How requests reach the host.", values: []string{"auto", "sync"}, later: []string{"io_uring"}},
+	"disk.discard":      {doc: "Whether the guest can give space back to the host. Without it, what the guest zeroes stays allocated too."},
+	"disk.on_error":     {doc: "What to do when the host cannot carry out a request: report, answer it with an I/O error; stop, let the guest wait for this disk until calf gets SIGCONT, and then try again.", values: []string{OnErrorReport, OnErrorStop}},
+	"disk.byte_rate":    {doc: "Most bytes per second that the guest may read and write, all queues together. The default is no limit.", min: 1 << 10, max: 1 << 50},
+	"disk.byte_burst":   {doc: "Bytes that the guest may read and write at once after it has been idle. The default is a tenth of byte_rate.", min: 512, max: 1 << 50},
+	"disk.op_rate":      {doc: "Most requests per second that the guest may make, all queues together. The default is no limit.", min: 1, max: 1 << 30},
+	"disk.op_burst":     {doc: "Requests that the guest may make at once after it has been idle. The default is a tenth of op_rate.", min: 1, max: 1 << 30},
 	"disk.serial":       {doc: "Serial number that the guest sees.", max: 20, ascii: true},
 	"disk.backing_dirs": {doc: "Directories in which backing files may lie, besides the directory of the image that names them.", path: true},
 	"disk.l2_cache":     {doc: "Memory for the tables of a QCOW2 image. The default suits the image.", min: 64 << 10, max: 1 << 40},
 }
 
 // laterKeys are keys that the file format has and this version does not.
-var laterKeys = []string{"run", "target", "disk.discard"}
+var laterKeys = []string{"run", "target"}
 
 // field is a key of a table together with the struct field behind it.
 type field struct {
@@ -92,7 +98,7 @@ func keysOf(fields []field) []string {
 // accepts says what a value of type t has to be, as in "must be …".
 func (r rule) accepts(t reflect.Type) string {
 	switch t {
-	case reflect.TypeFor[bool]():
+	case reflect.TypeFor[bool](), reflect.TypeFor[*bool]():
 		return "true or false"
 	case reflect.TypeFor[int]():
 		if r.powerOfTwo {

@@ -54,6 +54,8 @@ func (r rule) schema(t reflect.Type) map[string]any {
 	switch t {
 	case reflect.TypeFor[bool]():
 		return map[string]any{"type": "boolean", "default": false}
+	case reflect.TypeFor[*bool]():
+		return map[string]any{"type": "boolean"}
 	case reflect.TypeFor[int]():
 		if !r.powerOfTwo {
 			return map[string]any{"type": "integer", "minimum": r.min, "maximum": r.max}

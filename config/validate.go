@@ -63,6 +63,14 @@ func (c *Config) checkTable(t table) Errors {
 // values that are right by themselves.
 func (c *Config) checkDisks() Errors {
 	var errs Errors
+	if len(c.Disks) > maxDisks {
+		o := c.place(c.diskTable(maxDisks), "path")
+		subject := ""
+		if o.flag != "" {
+			subject = o.flag + ": "
+		}
+		errs = append(errs, o.errorf("%sone disk too many: a guest has at most %d", subject, maxDisks))
+	}
 	for i, d := range c.Disks {
 		t := c.diskTable(i)
 		given := func(key string) bool {
@@ -86,13 +94,31 @@ func (c *Config) checkDisks() Errors {
 		case format == FormatRaw && d.L2Cache > 0:
 			fail("l2_cache", "means nothing for format %q, which has no tables: remove it", FormatRaw)
 		}
+		switch {
+		case d.Cache == CacheNone && format == FormatQCOW2:
+			fail("cache", "%q is not supported by this version of calf for format %q: use %q", CacheNone, FormatQCOW2, CacheWriteback)
+		case d.Cache == CacheNone && d.Snapshot && !d.ReadOnly:
+			fail("cache", "%q cannot be had with a snapshot, whose throw-away overlay lies in the page cache: use %q", CacheNone, CacheWriteback)
+		}
+		if d.ByteBurst > 0 && d.ByteRate == 0 {
+			fail("byte_burst", "means nothing without byte_rate: set it, or remove this")
+		}
+		if d.OpBurst > 0 && d.OpRate == 0 {
+			fail("op_burst", "means nothing without op_rate: set it, or remove this")
+		}
 	}
 	return errs
 }
 
-// fault is an error about a key of a table. Its place is that of the value, or
-// of the path of the disk, or of the table, whichever has one.
+// fault is an error about a key of a table.
 func (c *Config) fault(t table, key, format string, args ...any) *Error {
+	o := c.place(t, key)
+	return o.errorf("%s "+format, append([]any{o.subject(t.name, key)}, args...)...)
+}
+
+// place is where an error about a key of a table belongs: to the value, or to the
+// path of the disk, or to the table, whichever has one.
+func (c *Config) place(t table, key string) origin {
 	o, ok := c.origins[t.path+"."+key]
 	if !ok && t.name == "disk" {
 		o, ok = c.origins[t.path+".path"]
@@ -100,5 +126,5 @@ func (c *Config) fault(t table, key, format string, args ...any) *Error {
 	if !ok {
 		o = c.origins[t.path]
 	}
-	return o.errorf("%s "+format, append([]any{o.subject(t.name, key)}, args...)...)
+	return o
 }

@@ -31,6 +31,7 @@ type board struct {
 	serial *serial
 	entry  boot.Entry
 	vcpus  []*vcpu
+	blocks []*blk.Device // guarded by m.mu
 
 	// coalescedMu serialises readers of the ring of coalesced writes.
 	coalescedMu sync.Mutex
@@ -183,6 +184,14 @@ func (b *board) createDisk(d Disk) (err error) {
 		QueueSize: uint16(d.QueueSize), //nolint:gosec // G115: bounded by applyDefaults
 		Serial:    d.Serial,
 		Logger:    b.m.log,
+
+		WriteThrough: d.WriteThrough,
+		Unsafe:       d.Unsafe,
+		NoDiscard:    d.NoDiscard,
+		ByteRate:     d.ByteRate,
+		OpRate:       d.OpRate,
+		OnError:      d.OnError,
+		Stopped:      d.Stopped,
 	})
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
@@ -199,7 +208,13 @@ func (b *board) createDisk(d Disk) (err error) {
 	if err := fn.AssignBAR(0, base); err != nil {
 		return err
 	}
-	return b.pci.plug(fn)
+	if err := b.pci.plug(fn); err != nil {
+		return err
+	}
+	b.m.mu.Lock()
+	defer b.m.mu.Unlock()
+	b.blocks = append(b.blocks, dev)
+	return nil
 }
 
 // bootMarker is a device that tells when a driver has started it.

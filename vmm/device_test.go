@@ -2,11 +2,14 @@ package vmm_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/guest/guesttest"
 	"github.com/calfvm/calf/vmm"
 )
@@ -16,11 +19,15 @@ type memDisk struct {
 	mu      sync.Mutex
 	b       []byte
 	flushes int
+	broken  error // what every transfer returns, or nil
 }
 
 func (d *memDisk) move(iov [][]byte, off int64, f func(mem, buf []byte)) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.broken != nil {
+		return d.broken
+	}
 	for _, p := range iov {
 		if off < 0 || off > int64(len(d.b)) || int64(len(p)) > int64(len(d.b))-off {
 			return errors.New("out of range")
@@ -281,4 +288,45 @@ func TestBlockDeviceRelocated(t *testing.T) {
 	if got := disk.b[1024:1028]; string(got) != "calf" {
 		t.Errorf("sector 2 holds %q, want %q", got, "calf")
 	}
+}
+
+// TestStoppedDisk lets a disk fail that is to stop then: the guest waits until
+// the disk is sound and the machine is told so, and notices nothing.
+func TestStoppedDisk(t *testing.T) {
+	needKVM(t)
+	var p guesttest.Program
+	d := driver{Program: &p, slot: 1, bar: 0xC000_0000}
+	d.start(d.findCapabilities(), 1)
+	d.request(0, 0, 1, 2, 512, false, 1)
+	p.Print("ok")
+	p.PowerOff()
+	cause := errors.New("the cable is out")
+	disk := &memDisk{b: make([]byte, 64<<10), broken: cause}
+	out := &output{}
+	m, err := vmm.New(vmm.Config{Memory: 64 << 20, Kernel: p.Kernel(t), AllowEmulation: true, Console: vmm.Console{Out: out}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.ResumeDisks() // of which there are none
+	stopped := make(chan error, 1)
+	err = m.AddDisk(vmm.Disk{Name: "root", Disk: disk, Queues: 1, OnError: blk.ErrorStop, Stopped: func(err error) { stopped <- err }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		if err := <-stopped; !errors.Is(err, cause) || out.String() != "" {
+			t.Errorf("stopped with %v, console %q", err, out.String())
+		}
+		disk.mu.Lock()
+		disk.broken = nil
+		disk.mu.Unlock()
+		m.ResumeDisks()
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	outcome, err := m.Run(ctx)
+	if err := errors.Join(err, m.Close()); err != nil || outcome != vmm.PowerOff || out.String() != "ok" {
+		t.Errorf("the guest ended with %v, %v, console %q", outcome, err, out.String())
+	}
+	m.ResumeDisks() // whose guest is gone
 }

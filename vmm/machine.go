@@ -24,7 +24,7 @@ const (
 )
 
 // Machine is a virtual machine. AddDisk, Run and Close belong to one goroutine,
-// and Run is called once; PowerButton may be called from any.
+// and Run is called once; PowerButton and ResumeDisks may be called from any.
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
@@ -245,6 +245,20 @@ func (m *Machine) PowerButton() error {
 		return nil
 	}
 	return m.board.pm.pressButton()
+}
+
+// ResumeDisks lets disks go on that have stopped because of an error
+// (blk.ErrorStop), beginning with the requests that failed. It may be called from
+// any goroutine.
+func (m *Machine) ResumeDisks() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.board == nil {
+		return
+	}
+	for _, d := range m.board.blocks {
+		d.Resume()
+	}
 }
 
 // Close frees the machine, which must not be running, and waits until the

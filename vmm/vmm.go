@@ -82,6 +82,13 @@ type Disk struct {
 	QueueSize int
 	// Serial is the serial number that the guest sees, at most 20 bytes.
 	Serial string
+	// What follows is as in blk.Config.
+	WriteThrough     bool
+	Unsafe           bool
+	NoDiscard        bool
+	ByteRate, OpRate blk.Rate
+	OnError          blk.ErrorPolicy
+	Stopped          func(err error) // see Machine.ResumeDisks
 }
 
 // Outcome is how a run ended.

@@ -55,7 +55,8 @@ they say snapshot. --snapshot and --no-snapshot decide for all disks.
 
 On a terminal, every key goes to the guest; Ctrl-A x ends the guest and Ctrl-A
 Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
-second one ends it.
+second one ends it. SIGCONT lets disks go on that have stopped because of an
+error (on_error = "stop").
 
 Exit codes:
   0      the guest powered off (with --no-reboot, or restarted)

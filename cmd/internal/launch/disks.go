@@ -29,11 +29,25 @@ func openDisks(cfg *config.Config, readOnly bool) (disks, error) {
 		if err != nil {
 			return nil, errors.Join(err, open.close())
 		}
-		open = append(open, vmm.Disk{
-			Name: d.Path, Disk: img, Queues: d.Queues, QueueSize: d.QueueSize, Serial: d.Serial,
-		})
+		open = append(open, device(d, img))
 	}
 	return open, nil
+}
+
+// device is the disk d of the machine, which has been opened as img.
+func device(d config.Disk, img image) vmm.Disk {
+	dev := vmm.Disk{
+		Name: d.Path, Disk: img, Queues: d.Queues, QueueSize: d.QueueSize, Serial: d.Serial,
+		WriteThrough: d.Cache == config.CacheWritethrough,
+		Unsafe:       d.Cache == config.CacheUnsafe,
+		NoDiscard:    !*d.Discard,
+		ByteRate:     blk.Rate{PerSecond: uint64(d.ByteRate), Burst: uint64(d.ByteBurst)},
+		OpRate:       blk.Rate{PerSecond: uint64(d.OpRate), Burst: uint64(d.OpBurst)}, //nolint:gosec // G115: the rules bound them
+	}
+	if d.OnError == config.OnErrorStop {
+		dev.OnError = blk.ErrorStop
+	}
+	return dev
 }
 
 // close closes the disks, the last one first.
@@ -55,7 +69,7 @@ func openDisk(d config.Disk, readOnly bool) (image, error) {
 
 func openImage(d config.Disk, readOnly bool) (image, error) {
 	if d.Format == config.FormatRaw {
-		return blk.OpenRaw(d.Path, blk.RawOptions{ReadOnly: readOnly})
+		return blk.OpenRaw(d.Path, blk.RawOptions{ReadOnly: readOnly, Direct: d.Cache == config.CacheNone})
 	}
 	return qcow2.Open(d.Path, options(d, readOnly))
 }

@@ -7,9 +7,14 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/guesttest"
 	"github.com/calfvm/calf/qcow2"
+	"github.com/calfvm/calf/vmm"
 )
 
 // newImage makes an image of 1 MiB whose first sector holds content.
@@ -134,5 +139,55 @@ func TestCheckOpensForReadingOnly(t *testing.T) {
 	cfg.Boot.Initrd = dir
 	if err := Check(cfg); err == nil {
 		t.Error("Check takes a directory for an initrd")
+	}
+}
+
+// TestDeviceTakesEveryKey checks that what a configuration says of a disk reaches
+// the machine, and that nothing said means nothing asked for.
+func TestDeviceTakesEveryKey(t *testing.T) {
+	if vmm.MaxDisks != 31 {
+		t.Errorf("a machine has %d disks; package config refuses more than 31", vmm.MaxDisks)
+	}
+	plain := (&config.Config{Disks: []config.Disk{{Path: "a.qcow2"}}}).Effective().Disks[0]
+	want := vmm.Disk{Name: "a.qcow2", Queues: 1, QueueSize: 256}
+	if diff := cmp.Diff(want, device(plain, nil), ignoreDisk); diff != "" {
+		t.Errorf("defaults (-want +got):\n%s", diff)
+	}
+	full := config.Disk{
+		Path: "b.img", Queues: 3, QueueSize: 64, Serial: "s", Discard: new(false), OnError: "stop",
+		ByteRate: 1, ByteBurst: 2, OpRate: 3, OpBurst: 4,
+	}
+	want = vmm.Disk{
+		Name: "b.img", Queues: 3, QueueSize: 64, Serial: "s", NoDiscard: true, OnError: blk.ErrorStop,
+		ByteRate: blk.Rate{PerSecond: 1, Burst: 2}, OpRate: blk.Rate{PerSecond: 3, Burst: 4},
+	}
+	for cache, modes := range map[string][2]bool{"writeback": {}, "none": {}, "writethrough": {true, false}, "unsafe": {false, true}} {
+		full.Cache = cache
+		want.WriteThrough, want.Unsafe = modes[0], modes[1]
+		if diff := cmp.Diff(want, device(full, nil), ignoreDisk); diff != "" {
+			t.Errorf("cache %s (-want +got):\n%s", cache, diff)
+		}
+	}
+}
+
+var ignoreDisk = cmpopts.IgnoreFields(vmm.Disk{}, "Disk", "Stopped")
+
+// TestCacheNoneIsDirect opens a raw disk whose cache mode is none: a file of half
+// a sector, which only the page cache can reach, is refused.
+func TestCacheNoneIsDirect(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "odd.img")
+	if err := os.WriteFile(path, make([]byte, 1000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for cache, refused := range map[string]bool{config.CacheWriteback: false, config.CacheNone: true} {
+		img, err := openImage(config.Disk{Path: path, Format: config.FormatRaw, Cache: cache}, false)
+		if (err != nil) != refused {
+			t.Errorf("cache %s: %v", cache, err)
+		}
+		if err == nil {
+			if err := img.Close(); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }

@@ -177,13 +177,14 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		return e
 	}
 	for _, d := range open {
+		d.Stopped = func(err error) { announceStop(opts.Streams.Messages, err) }
 		if e.err = machine.AddDisk(d); e.err != nil {
 			return e
 		}
 	}
 	announce(opts.Streams.Messages, cons)
-	ctx.powerOffWith(machine.PowerButton)
-	defer ctx.powerOffWith(nil)
+	ctx.control(machine)
+	defer ctx.control(nil)
 	if e.err = cons.Empty(); e.err != nil {
 		return e
 	}
@@ -225,6 +226,12 @@ func announce(w io.Writer, c *console.Console) {
 	case c.Escape:
 		_, _ = fmt.Fprintf(w, "calf: Ctrl-A x ends the guest, Ctrl-A Ctrl-A sends Ctrl-A\n")
 	}
+}
+
+// announceStop says that the guest waits for a disk, because of err, and what ends
+// that.
+func announceStop(w io.Writer, err error) {
+	_, _ = fmt.Fprintf(w, "calf: %v; the guest waits for this disk: mend the cause, then let it go on with kill -CONT %d\n", err, os.Getpid())
 }
 
 // result puts the end of a run into words and numbers. How the guest ended

@@ -37,8 +37,15 @@ type watched struct {
 	end      context.CancelCauseFunc
 	messages io.Writer
 
-	mu       sync.Mutex   // guards powerOff
-	powerOff func() error // asks the guest to power off; nil while no guest runs
+	mu      sync.Mutex // guards what follows
+	machine controls   // nil while no guest runs
+	asked   bool       // the guest has been asked to power off
+}
+
+// controls are what signals work on: a *vmm.Machine.
+type controls interface {
+	PowerButton() error
+	ResumeDisks()
 }
 
 // watcher is the part of a run that listens to signals.
@@ -49,7 +56,8 @@ type watcher struct {
 }
 
 // watch begins a run: its timeout, and the signals that end it. The first
-// interrupt asks the guest to power off; the second ends it. SIGHUP and SIGINT
+// interrupt asks the guest to power off; the second ends it. SIGCONT lets disks
+// go on that have stopped. SIGHUP and SIGINT
 // stay ignored if the process was started to ignore them; of the others, Go does
 // not keep that.
 func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
@@ -60,6 +68,7 @@ func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
 	ctx, end := context.WithCancelCause(ctx)
 	w := &watched{Context: ctx, end: end, messages: messages}
 	s := &watcher{signals: make(chan os.Signal, 8), done: make(chan struct{}), cancel: cancel}
+	signal.Notify(s.signals, unix.SIGCONT)
 	for _, sig := range endingSignals {
 		if !signal.Ignored(sig) {
 			signal.Notify(s.signals, sig)
@@ -82,26 +91,33 @@ func (s *watcher) release() {
 	s.cancel()
 }
 
-// powerOffWith sets how to ask the guest to power off; nil while none runs.
-func (w *watched) powerOffWith(f func() error) {
+// control sets the machine that signals work on; nil while none runs.
+func (w *watched) control(machine controls) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.powerOff = f
+	w.machine = machine
 }
 
 // handle acts on one signal.
 func (w *watched) handle(sig unix.Signal) {
 	w.mu.Lock()
-	powerOff := w.powerOff
-	w.powerOff = nil // the next signal ends the run
+	machine := w.machine
+	again := w.asked
+	w.asked = again || machine != nil && sig != unix.SIGCONT // the next signal ends the run
 	w.mu.Unlock()
+	if sig == unix.SIGCONT {
+		if machine != nil {
+			machine.ResumeDisks()
+		}
+		return
+	}
 	killed := &killedError{signal: sig, why: fmt.Sprintf("the run was ended by signal %d (%v)", int(sig), sig)}
-	if powerOff == nil || sig == unix.SIGQUIT {
+	if machine == nil || again || sig == unix.SIGQUIT {
 		signal.Reset(endingSignals...) // one more ends a calf that hangs
 		w.end(killed)
 		return
 	}
-	if err := powerOff(); err != nil {
+	if err := machine.PowerButton(); err != nil {
 		w.end(killed)
 	}
 	// A message that cannot be written must not keep the guest running.

@@ -1,0 +1,45 @@
+package launch
+
+import (
+	"bytes"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// buttons records what signals did to a machine.
+type buttons []string
+
+func (b *buttons) PowerButton() error { *b = append(*b, "power"); return nil }
+func (b *buttons) ResumeDisks()       { *b = append(*b, "resume") }
+
+// TestSignalsReachTheMachine checks what each signal of a sequence does to a
+// machine, and which one ends the run.
+func TestSignalsReachTheMachine(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		signals []unix.Signal
+		want    []string
+		ends    bool
+	}{
+		{"continue", []unix.Signal{unix.SIGCONT, unix.SIGCONT}, []string{"resume", "resume"}, false},
+		{"one interrupt", []unix.Signal{unix.SIGCONT, unix.SIGINT, unix.SIGCONT}, []string{"resume", "power", "resume"}, false},
+		{"two", []unix.Signal{unix.SIGTERM, unix.SIGTERM}, []string{"power"}, true},
+		{"quit", []unix.Signal{unix.SIGQUIT}, nil, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w, s := watch(&bytes.Buffer{}, 0)
+			defer s.release()
+			w.handle(unix.SIGCONT) // before there is a machine
+			var got buttons
+			w.control(&got)
+			for _, sig := range tt.signals {
+				w.handle(sig)
+			}
+			if !slices.Equal(got, tt.want) || w.Err() != nil != tt.ends {
+				t.Errorf("did %v, ended with %v; want %v, %v", got, w.Err(), tt.want, tt.ends)
+			}
+		})
+	}
+}
