@@ -1,5 +1,10 @@
 package qcow2
 
+import (
+	"slices"
+	"sort"
+)
+
 // metaKind names the metadata that a host cluster holds.
 type metaKind uint8
 
@@ -22,32 +27,131 @@ func (k metaKind) String() string {
 
 // metaSet knows which host clusters hold metadata, so that no guest data is ever
 // written there, whatever the tables of a broken image say. It is guarded by
-// Image.mu. Its size is bounded by the limits on the tables: at most one entry
-// for each L1 entry, refcount table entry and cluster of a table.
-type metaSet map[uint64]metaKind
+// Image.mu.
+//
+// It takes 8 to 16 bytes for each run of up to 64 clusters of one kind. There are
+// at most as many runs as entries of the L1 table (4 Mi) and of the refcount table
+// (1 Mi), and few for the tables of the header and the snapshots: that bounds it
+// to some 80 MiB for any image. The 2048 L2 tables of 1 TiB in clusters of 64 KiB
+// take 32 KiB at most.
+type metaSet struct {
+	leaves []metaLeaf // ascending, none empty
+}
 
-func (s metaSet) at(c uint64) metaKind { return s[c] }
+// metaLeaf is some runs in ascending order, so that to insert one moves few.
+type metaLeaf []metaRun
 
-func (s metaSet) add(e extent, k metaKind) {
-	for c := e.start; c < e.start+e.n; c++ {
-		s[c] = k
+// maxLeaf is the greatest length of a leaf.
+const maxLeaf = 512
+
+// metaRun is a run of clusters that hold metadata of one kind: the first cluster,
+// which is below 2^54, then in 6 bits how many follow it, then in 4 the kind.
+type metaRun uint64
+
+const (
+	metaKindBits = 4
+	metaMoreBits = 6
+	maxMetaRun   = 1 << metaMoreBits
+)
+
+func newMetaRun(start, n uint64, k metaKind) metaRun {
+	return metaRun(start<<(metaKindBits+metaMoreBits) | (n-1)<<metaKindBits | uint64(k))
+}
+
+func (r metaRun) kind() metaKind { return metaKind(r & (1<<metaKindBits - 1)) }
+func (r metaRun) start() uint64  { return uint64(r) >> (metaKindBits + metaMoreBits) }
+func (r metaRun) end() uint64    { return r.start() + uint64(r)>>metaKindBits&(maxMetaRun-1) + 1 }
+
+// metaPlace is where a run is in a set.
+type metaPlace struct{ leaf, at int }
+
+// search returns where the first run is that ends after cluster c.
+func (s *metaSet) search(c uint64) metaPlace {
+	i := sort.Search(len(s.leaves), func(i int) bool { l := s.leaves[i]; return l[len(l)-1].end() > c })
+	if i == len(s.leaves) {
+		return metaPlace{leaf: i}
+	}
+	l := s.leaves[i]
+	return metaPlace{i, sort.Search(len(l), func(j int) bool { return l[j].end() > c })}
+}
+
+// run returns the run at p, none at the end of the set.
+func (s *metaSet) run(p metaPlace) (metaRun, bool) {
+	if p.leaf == len(s.leaves) {
+		return 0, false
+	}
+	return s.leaves[p.leaf][p.at], true
+}
+
+// at returns what cluster c holds.
+func (s *metaSet) at(c uint64) metaKind {
+	r, ok := s.run(s.search(c))
+	if !ok || r.start() > c {
+		return metaNone
+	}
+	return r.kind()
+}
+
+// add puts the clusters of e, which are not in the set, into it.
+func (s *metaSet) add(e extent, k metaKind) {
+	for e.n > 0 {
+		n := min(e.n, maxMetaRun)
+		s.insert(newMetaRun(e.start, n, k))
+		e.start, e.n = e.start+n, e.n-n
 	}
 }
 
-func (s metaSet) remove(e extent) {
-	for c := e.start; c < e.start+e.n; c++ {
-		delete(s, c)
-	}
-}
-
-// claim is add for clusters that must not be in the set yet.
-func (s metaSet) claim(g *geometry, e extent, k metaKind) error {
-	for c := e.start; c < e.start+e.n; c++ {
-		if old := s[c]; old != metaNone {
-			return corruptf("the cluster at %#x is claimed by two: %s and %s", g.offset(c), old, k)
+// insert puts r, which overlaps no other run, into the set.
+func (s *metaSet) insert(r metaRun) {
+	p := s.search(r.start())
+	if p.leaf == len(s.leaves) { // behind all others: leaves get full
+		if k := p.leaf - 1; k >= 0 && len(s.leaves[k]) < maxLeaf {
+			s.leaves[k] = append(s.leaves[k], r)
+			return
 		}
-		s[c] = k
+		s.leaves = append(s.leaves, metaLeaf{r})
+		return
 	}
+	if l := s.leaves[p.leaf]; len(l) == maxLeaf {
+		s.leaves = slices.Insert(s.leaves, p.leaf+1, slices.Clone(l[maxLeaf/2:]))
+		s.leaves[p.leaf] = l[:maxLeaf/2]
+		if p.at >= maxLeaf/2 {
+			p.leaf, p.at = p.leaf+1, p.at-maxLeaf/2
+		}
+	}
+	s.leaves[p.leaf] = slices.Insert(s.leaves[p.leaf], p.at, r)
+}
+
+// remove takes the clusters of e out of the set; those that are not in it do not
+// matter.
+func (s *metaSet) remove(e extent) {
+	end := e.start + e.n
+	for {
+		p := s.search(e.start)
+		r, ok := s.run(p)
+		if !ok || r.start() >= end {
+			return
+		}
+		if l := slices.Delete(s.leaves[p.leaf], p.at, p.at+1); len(l) > 0 {
+			s.leaves[p.leaf] = l
+		} else {
+			s.leaves = slices.Delete(s.leaves, p.leaf, p.leaf+1)
+		}
+		if r.start() < e.start {
+			s.insert(newMetaRun(r.start(), e.start-r.start(), r.kind()))
+		}
+		if r.end() > end {
+			s.insert(newMetaRun(end, r.end()-end, r.kind()))
+		}
+	}
+}
+
+// claim is add for clusters of which none may be in the set yet.
+func (s *metaSet) claim(g *geometry, e extent, k metaKind) error {
+	if r, ok := s.run(s.search(e.start)); ok && r.start() < e.start+e.n {
+		return corruptf("the cluster at %#x is claimed by two: %s and %s", g.offset(max(e.start, r.start())), r.kind(), k)
+	}
+	s.add(e, k)
 	return nil
 }
 
