@@ -2,11 +2,10 @@ package qcow2
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
-	"slices"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 )
@@ -34,7 +33,8 @@ type Finding struct {
 // maxFindings is how many findings a result keeps. All are counted.
 const maxFindings = 1000
 
-// CheckResult is what Check found. Its counts are those of qemu-img check.
+// CheckResult is what Check found. Its counts are those of qemu-img check, but
+// where a table of the image is lost or serves two purposes.
 type CheckResult struct {
 	Leaks, Corruptions int64
 	// Findings are the first of them, at most 1000.
@@ -52,9 +52,10 @@ func (r *CheckResult) Clean() bool { return r.Leaks == 0 && r.Corruptions == 0 }
 
 // CheckOptions limit a check. The zero value is the default.
 type CheckOptions struct {
-	// MemoryBytes bounds the memory for counting references; default 1 GiB,
-	// enough for a dozen terabytes of data in clusters of 64 KiB. An image
-	// that needs more is refused with ErrUnsupported.
+	// MemoryBytes bounds the memory for the tables of the image and for
+	// counting references; default 1 GiB, enough for a dozen terabytes of
+	// data in clusters of 64 KiB. An image that needs more is refused with
+	// ErrUnsupported.
 	MemoryBytes int64
 }
 
@@ -62,9 +63,13 @@ const defaultCheckMemory = 1 << 30
 
 // Check counts the references to each cluster of the image at path, from the
 // disk, the internal snapshots and the bitmaps, and compares them with the
-// reference counts. It opens nothing but the image, locks it like a reader, and
-// writes nothing. An error means that the image could not be checked, not that
-// something was found. Canceling ctx ends the check.
+// reference counts. It opens nothing but the image, not even an external data
+// file, locks it like a reader, and writes nothing. A table that is not where a
+// table can be is a finding, too. An error means that the image could not be
+// checked, not that something was found. Canceling ctx ends the check.
+//
+// An image that is found clean opens for writing, unless it is marked corrupt or
+// has a feature that Open refuses.
 func Check(ctx context.Context, path string, opts CheckOptions) (*CheckResult, error) {
 	f, err := openRegular(path, os.O_RDONLY)
 	if err != nil {
@@ -89,25 +94,49 @@ func checkIn(ctx context.Context, f file, path string, opts CheckOptions) (*Chec
 
 // checker is a check under way, of one goroutine.
 type checker struct {
-	*Image   // its geometry, file and refcounts only
+	*Image   // its geometry, tables, file and refcounts only
 	ctx      context.Context
 	h        *header
 	bitmaps  []byte // the header extension, nil if there is none
+	dataFile bool   // guest data is in an external file
+	words    int    // 64-bit words of an L2 entry: 2 if it is extended
 	fileSize int64
 	result   CheckResult
 	used     tally
-	tables   map[uint64]uint32 // references to each L2 table, by host cluster
-	flags    int64             // corruptions that are wrong COPIED flags
-	next     int64             // where the cluster would be that follows the last of a table
+	tables   map[uint64]tableUse // L2 tables by host cluster
+	refTable []uint64            // as in the file; refs.table is without the entries that lead to no block
+	chunks   []uint64            // chunks of clusters in use, ascending; see index
+	blocks   []uint64            // refcount blocks that exist, by index, ascending; see index
+	next     int64               // where the cluster would be that follows the last of a table
+
+	// What a repair can do about the findings:
+	mendable int64 // corruptions that one of its steps mends
+	flags    int64 // among them wrong COPIED flags
+	zeroes   int64 // among them zero clusters that are reserved where none can be
+	rebuild  bool  // whether the counts need a new structure
+	snaps    *snapshotPlan
+}
+
+// tableUse is what is known of an L2 table.
+type tableUse struct {
+	refs   uint32 // from L1 tables
+	walked bool
+	active bool // one of them is the disk's
 }
 
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
-	x := &checker{Image: &Image{path: path, file: f, data: f, readOnly: true}, ctx: ctx, tables: map[uint64]uint32{}}
+	x := &checker{
+		Image: &Image{path: path, file: f, data: f, readOnly: true, meta: metaSet{}},
+		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes), words: 1,
+	}
 	var err error
 	if x.fileSize, err = f.Size(); err != nil {
 		return nil, err
 	}
-	if x.h, err = x.loadHeader(x.fileSize); err != nil {
+	if x.h, err = x.readHeader(x.fileSize); err != nil {
+		return nil, err
+	}
+	if err := x.h.validateFields(); err != nil {
 		return nil, err
 	}
 	first := make([]byte, min(int64(1)<<x.h.clusterBits, x.fileSize))
@@ -118,7 +147,7 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	if err != nil {
 		return nil, err
 	}
-	if err := x.h.checkFeatures(ext.features); err != nil {
+	if err := x.h.checkKnown(ext.features); err != nil {
 		return nil, err
 	}
 	if x.h.autoclear>>autoclearBitmaps&1 != 0 { // otherwise they are void
@@ -126,21 +155,66 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	}
 	x.geometry = newGeometry(x.h)
 	x.features = x.h.incompatible
+	x.dataFile = x.h.incompat(incompatDataFile)
+	if x.h.incompat(incompatExtendedL2) {
+		x.words = 2
+	}
 	x.size.Store(int64(x.h.size)) //nolint:gosec // G115: validated
-	if x.l1, err = x.loadTable(x.h.l1Offset, int64(x.h.l1Size)*8); err != nil {
+	if err := x.loadL1(); err != nil {
 		return nil, err
 	}
-	table, err := x.loadTable(x.h.refTableOffset, int64(x.h.refTableClusters)<<x.clusterBits)
-	if err != nil {
-		return nil, err
+	return x, x.loadRefTable()
+}
+
+// loadL1 reads the L1 table, if it is where a table can be.
+func (x *checker) loadL1() error {
+	h := x.h
+	if err := h.validateL1(x.fileSize); err != nil {
+		x.foundError(h.l1Offset, err)
 	}
+	n := uint64(h.l1Size) * 8
+	if n == 0 || n > maxL1Bytes || h.checkTable("L1 table", h.l1Offset, n, x.fileSize) != nil {
+		return nil
+	}
+	if err := x.used.spend(2 * int64(n)); err != nil {
+		return err
+	}
+	var err error
+	x.l1, err = x.loadTable(h.l1Offset, int64(n))
+	return err
+}
+
+// loadRefTable reads the reference count table, if it is where a table can be,
+// and forgets the entries that lead to no block.
+func (x *checker) loadRefTable() error {
 	lru, err := simplelru.NewLRU[uint64, *refSlice](refSlices, nil)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	x.refs = &refcounts{img: x.Image, table: table, offset: int64(x.h.refTableOffset), slices: lru} //nolint:gosec // G115: validated
-	x.used = newTally(opts.MemoryBytes)
-	return x, nil
+	x.refs = &refcounts{img: x.Image, slices: lru}
+	h := x.h
+	if err := h.validateRefTable(x.fileSize); err != nil {
+		x.foundError(h.refTableOffset, err)
+		x.mendable++
+		x.rebuild = true
+		return nil
+	}
+	n := int64(h.refTableClusters) << x.clusterBits
+	if err := x.used.spend(4 * n); err != nil {
+		return err
+	}
+	if x.refTable, err = x.loadTable(h.refTableOffset, n); err != nil {
+		return err
+	}
+	x.refs.offset = int64(h.refTableOffset) //nolint:gosec // G115: validated
+	x.refs.table = append([]uint64(nil), x.refTable...)
+	for i, e := range x.refTable {
+		off, err := x.decodeRefTable(e, i)
+		if err != nil || off >= x.fileSize {
+			x.refs.table[i] = 0
+		}
+	}
+	return nil
 }
 
 // check does all of it: first every L1 table, so that each L2 table is read once
@@ -153,13 +227,14 @@ func (x *checker) check() error {
 		func() error { return x.referL1(x.l1, h.l1Offset) },
 		x.checkSnapshots,
 		func() error {
-			return x.refer(h.refTableOffset, uint64(len(x.refs.table))*8, 1, "reference count table")
+			return x.refer(h.refTableOffset, uint64(len(x.refTable))*8, 1, "reference count table")
 		},
 		x.checkBitmaps,
 		x.checkActive,
 		x.checkShared,
 		x.checkBlocks,
 		x.compare,
+		x.checkOwners,
 	} {
 		if err := step(); err != nil {
 			return err
@@ -180,6 +255,19 @@ func (x *checker) found(kind FindingKind, off uint64, format string, args ...any
 	}
 }
 
+// foundError notes the corruption that err tells of.
+func (x *checker) foundError(off uint64, err error) {
+	what := err.Error()
+	if e, ok := errors.AsType[*Error](err); ok {
+		what = e.What
+	}
+	x.found(Corruption, off, "%s", what)
+}
+
+// broken is the number of corruptions that no repair mends. If there are any,
+// what looks unused may be what a broken pointer led to.
+func (x *checker) broken() int64 { return x.result.Corruptions - x.mendable }
+
 // refer counts times references to each cluster of the n bytes at off. The end
 // of the last may lie beyond the end of the file, by less than a cluster.
 func (x *checker) refer(off, n uint64, times uint32, what string) error {
@@ -199,291 +287,26 @@ func (x *checker) refer(off, n uint64, times uint32, what string) error {
 	return nil
 }
 
-// referL1 counts the references to an L1 table at off and from its entries.
-func (x *checker) referL1(l1 []uint64, off uint64) error {
-	if err := x.refer(off, uint64(len(l1))*8, 1, "L1 table"); err != nil {
-		return err
-	}
-	for i, e := range l1 {
-		if e&entryOffset == 0 {
-			continue
-		}
-		if e&l1Reserved&^0x1ff != 0 {
-			x.found(Corruption, off+uint64(i)*8, "L1 entry %d, %#x, has reserved bits set", i, e)
-		}
-		table := e & entryOffset
-		if x.inCluster(int64(table)) != 0 || e&0x1ff != 0 {
-			x.found(Corruption, off+uint64(i)*8, "L1 entry %d points to %#x, which is not aligned to a cluster", i, table)
-			continue
-		}
-		if err := x.refer(table, uint64(x.clusterSize), 1, "L2 table"); err != nil { //nolint:gosec // G115: positive
-			return err
-		}
-		if table >= uint64(x.fileSize) { //nolint:gosec // G115: not negative
-			continue
-		}
-		c := table >> x.clusterBits
-		if x.tables[c] == 0 {
-			if err := x.used.spend(tableCost); err != nil {
-				return err
-			}
-		}
-		x.tables[c]++
-	}
-	return nil
-}
-
-// checkActive walks the L2 tables of the disk, in guest order.
-func (x *checker) checkActive() error {
-	for i, e := range x.l1 {
-		table := int64(e & entryOffset)
-		if e == 0 || x.inCluster(table) != 0 || x.tables[x.cluster(table)] == 0 {
-			continue // reported, or walked because two entries point to it
-		}
-		if err := x.checkCopied(e, x.h.l1Offset+uint64(i)*8); err != nil {
-			return err
-		}
-		if err := x.checkL2(table, true); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// checkShared walks the L2 tables that only snapshots have.
-func (x *checker) checkShared() error {
-	rest := make([]uint64, 0, len(x.tables))
-	for c := range x.tables {
-		rest = append(rest, c)
-	}
-	slices.Sort(rest)
-	for _, c := range rest {
-		if err := x.checkL2(x.offset(c), false); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// checkL2 counts the references from the L2 table at off, and takes it from the
-// tables to walk.
-func (x *checker) checkL2(off int64, active bool) error {
-	if err := x.ctx.Err(); err != nil {
-		return err
-	}
-	table, err := x.loadTable(uint64(off), x.clusterSize) //nolint:gosec // G115: an offset
-	if err != nil {
-		return err
-	}
-	x.next = 0
-	times := x.tables[x.cluster(off)]
-	delete(x.tables, x.cluster(off))
-	for i, e := range table {
-		if e == 0 {
-			continue
-		}
-		at := uint64(off) + uint64(i)*8 //nolint:gosec // G115: an offset
-		if err := x.checkEntry(e, at, times, active); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// checkEntry counts the references from the L2 entry e at offset at.
-func (x *checker) checkEntry(e, at uint64, times uint32, active bool) error {
-	if e&entryCompressed != 0 {
-		if e&entryCopied != 0 {
-			x.found(Corruption, at, "the compressed cluster with entry %#x is marked as not shared", e)
-		}
-		off, n := x.compressedRange(e)
-		x.shape(active, true, off)
-		return x.refer(off, n, times, "compressed data")
-	}
-	if e&l2Reserved != 0 || x.version == 2 && e&entryZero != 0 {
-		x.found(Corruption, at, "the L2 entry %#x has reserved bits set", e)
-	}
-	host := e & entryOffset
-	if host == 0 {
+// checkOwners checks that no two tables are one, as Open does before it lets
+// anyone write. It needs tables that are all where they can be, and a structure
+// of counts that stays.
+func (x *checker) checkOwners() error {
+	if x.broken() > 0 || x.rebuild || x.snaps != nil {
 		return nil
 	}
-	if x.inCluster(int64(host)) != 0 {
-		x.found(Corruption, at, "the L2 entry %#x points into the middle of a cluster", e)
+	memory := tableCost * int64(len(x.l1)+len(x.refTable)) // more than there are
+	if err := x.used.spend(memory); err != nil {
+		return err
 	}
-	x.shape(active, false, host)
-	if active {
-		if err := x.checkCopied(e, at); err != nil {
-			return err
-		}
-	}
-	return x.refer(host, uint64(x.clusterSize), times, "data") //nolint:gosec // G115: positive
-}
-
-// shape counts an allocated cluster of the disk.
-func (x *checker) shape(active, compressed bool, off uint64) {
-	if !active {
-		return
-	}
-	r := &x.result
-	r.Allocated++
-	if compressed {
-		r.Compressed++
-		r.Fragmented++ // by nature
-		return
-	}
-	if x.next != 0 && x.next != int64(off) { //nolint:gosec // G115: masked
-		r.Fragmented++
-	}
-	x.next = int64(off) + x.clusterSize //nolint:gosec // G115: masked
-}
-
-// checkCopied compares the COPIED flag of the L1 or L2 entry e at offset at with
-// the count of its cluster.
-func (x *checker) checkCopied(e, at uint64) error {
-	n, err := x.stored(e & entryOffset >> x.clusterBits)
+	err := x.claimTables(x.h, x.fileSize)
 	if errors.Is(err, ErrCorrupt) {
-		return nil // reported by checkBlocks
+		x.foundError(0, err)
+		err = nil
 	}
-	if err == nil && (n == 1) != (e&entryCopied != 0) {
-		x.flags++
-		x.found(Corruption, at, "the entry %#x says wrongly whether its cluster, counted %d times, is shared", e, n)
-	}
+	x.meta = metaSet{}
+	x.used.left += memory
 	return err
 }
 
-// stored returns the count of cluster c in the file.
-func (x *checker) stored(c uint64) (uint64, error) {
-	s, err := x.refs.slice(c)
-	if err != nil || s == nil {
-		return 0, err
-	}
-	return count(s.b, x.refcountOrder, c&(1<<x.refs.perSlice()-1)), nil
-}
-
-// checkBlocks counts the references to the refcount blocks, after all others: a
-// block must have no other.
-func (x *checker) checkBlocks() error {
-	for i, e := range x.refs.table {
-		if e == 0 {
-			continue
-		}
-		at := x.h.refTableOffset + uint64(i)*8
-		off, err := x.decodeRefTable(e, i)
-		switch {
-		case err != nil:
-			x.found(Corruption, at, "entry %d of the reference count table, %#x, points to no block", i, e)
-			continue
-		case off >= x.fileSize:
-			x.found(Corruption, at, "the reference count block %d at %#x lies beyond the end of the file", i, off)
-			continue
-		}
-		if err := x.refer(e, uint64(x.clusterSize), 1, "reference count block"); err != nil { //nolint:gosec // G115: positive
-			return err
-		}
-		if c := e >> x.clusterBits; x.used.chunk(c).at(c) != 1 {
-			x.found(Corruption, e, "the reference count block %d at %#x is something else, too", i, off)
-		}
-	}
-	return nil
-}
-
-// compare compares the references with the stored counts.
-func (x *checker) compare() error {
-	end := uint64(x.fileSize+x.clusterSize-1) >> x.clusterBits //nolint:gosec // G115: positive
-	for c := uint64(0); c < end; c += tallyChunk {
-		if err := x.ctx.Err(); err != nil {
-			return err
-		}
-		used := x.used.chunk(c)
-		s, err := x.refs.slice(c)
-		if errors.Is(err, ErrCorrupt) {
-			continue // reported by checkBlocks
-		}
-		if err != nil {
-			return err
-		}
-		if used == nil && s == nil {
-			continue
-		}
-		for i := range uint64(tallyChunk) {
-			if c+i >= end {
-				break
-			}
-			have, err := x.stored(c + i)
-			if err != nil {
-				return err
-			}
-			x.compareCluster(c+i, have, uint64(used.at(c+i)))
-		}
-	}
-	return nil
-}
-
-// compareCluster compares the references to cluster c with its stored count.
-func (x *checker) compareCluster(c, have, used uint64) {
-	if have > 0 || used > 0 {
-		x.result.ImageEnd = x.offset(c + 1)
-	}
-	off := x.pointer(c)
-	switch {
-	case have > used:
-		x.found(Leak, off, "the cluster at %#x is counted %d times and used %d times", off, have, used)
-	case have < used:
-		x.found(Corruption, off, "the cluster at %#x is counted %d times but used %d times", off, have, used)
-	}
-}
-
-// checkSnapshots counts the references from the snapshot table.
-func (x *checker) checkSnapshots() error {
-	begin := x.h.snapshotsOffset
-	off := begin
-	for i := range x.h.snapshots {
-		if err := x.ctx.Err(); err != nil {
-			return err
-		}
-		var b [snapshotFixed]byte
-		if err := readFull(x.file, b[:], int64(off)); err != nil { //nolint:gosec // G115: checked by checkTable
-			return err
-		}
-		l1 := binary.BigEndian.Uint64(b[0:])
-		entries := binary.BigEndian.Uint32(b[8:])
-		extra := uint64(binary.BigEndian.Uint32(b[36:]))
-		if extra > maxSnapshotExtra {
-			x.found(Corruption, off, "snapshot %d has %d bytes of extra data, more than %d", i, extra, maxSnapshotExtra)
-		} else if x.version == 3 && extra < 16 {
-			x.found(Corruption, off, "snapshot %d has only %d bytes of extra data, which lack the size of its disk", i, extra)
-		}
-		names := uint64(binary.BigEndian.Uint16(b[12:])) + uint64(binary.BigEndian.Uint16(b[14:]))
-		entry := off
-		if off += (snapshotFixed + extra + names + 7) &^ 7; off-begin > maxSnapshotTable {
-			x.found(Corruption, begin, "the snapshot table is larger than 64 MiB")
-			return nil
-		}
-		if err := x.checkSnapshotL1(l1, entries, entry); err != nil {
-			return err
-		}
-	}
-	return x.refer(begin, off-begin, 1, "snapshot table")
-}
-
-// checkSnapshotL1 counts the references from the L1 table at off of the snapshot
-// with the given entry.
-func (x *checker) checkSnapshotL1(off uint64, entries uint32, entry uint64) error {
-	bytes := uint64(entries) * 8
-	if bytes == 0 {
-		return nil
-	}
-	if bytes > maxL1Bytes {
-		x.found(Corruption, entry, "the L1 table of a snapshot, %d bytes, is larger than 32 MiB", bytes)
-		return nil
-	}
-	if x.h.checkTable("table", off, bytes, x.fileSize) != nil {
-		x.found(Corruption, entry, "the L1 table of a snapshot, %d bytes at %#x, lies where no table can be", bytes, off)
-		return nil
-	}
-	l1, err := x.loadTable(off, int64(bytes))
-	if err != nil {
-		return err
-	}
-	return x.referL1(l1, off)
-}
+// maxCount is the greatest count that the image can hold.
+func (x *checker) maxCount() uint64 { return math.MaxUint64 >> (64 - 1<<x.refcountOrder) }

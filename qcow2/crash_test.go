@@ -303,7 +303,7 @@ func (run *crashRun) again(t testing.TB, s state, r *rand.Rand) error {
 		return err
 	}
 	if r.IntN(2) == 0 {
-		if _, after, err := repairIn(t.Context(), f, "memory", CheckOptions{}); err != nil || !after.Clean() {
+		if _, after, err := repairIn(t.Context(), f, "memory", RepairLeaks, CheckOptions{}); err != nil || !after.Clean() {
 			return fmt.Errorf("%s at %d: the repair left %+v (%w)", s.what, s.cut, after, err)
 		}
 	}

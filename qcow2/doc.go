@@ -11,15 +11,15 @@
 //
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but
-// the image. RepairLeaks mends an image that has leaks only.
+// the image. Repair mends what Check finds: leaks only, or all that can be mended.
 //
 // # What is not done, and said by name
 //
 // Encryption, external data files, extended L2 entries and unknown incompatible
-// features are refused with ErrUnsupported. An image that is marked dirty or
-// corrupt is opened for reading only. WriteCompressed makes compressed clusters;
-// any other write to one makes it a normal cluster. Internal snapshots are kept:
-// what they share is copied before it is written.
+// features are refused with ErrUnsupported. An image that is marked corrupt is
+// opened for reading only, until Repair has made it sound. WriteCompressed makes
+// compressed clusters; any other write to one makes it a normal cluster. Internal
+// snapshots are kept: what they share is copied before it is written.
 //
 // # Trust
 //

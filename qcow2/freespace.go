@@ -191,11 +191,8 @@ func (r *refcounts) growTable() error {
 // frees the old one. On an error the header may point to either; then neither
 // may change any more, and the image takes no further writes.
 func (r *refcounts) switchTable(table []uint64, off int64) error {
-	clusters := uint32(int64(len(table)) * 8 >> r.img.clusterBits) //nolint:gosec // G115: at most 8 MiB
-	var field [12]byte
-	binary.BigEndian.PutUint64(field[:], uint64(off)) //nolint:gosec // G115: an offset
-	binary.BigEndian.PutUint32(field[8:], clusters)
-	err := writeFull(r.img.file, field[:], offRefTable)
+	field := refTableField(off, uint64(len(table))*8>>r.img.clusterBits)
+	err := writeFull(r.img.file, field, offRefTable)
 	if err == nil {
 		err = r.img.datasync()
 	}
@@ -215,6 +212,13 @@ func (r *refcounts) switchTable(table []uint64, off int64) error {
 	m.released = append(m.released, batch)
 	m.covered = r.covered()
 	return nil
+}
+
+// refTableField is the part of the header that says where the reference count
+// table is. It lies in one sector.
+func refTableField(off int64, clusters uint64) []byte {
+	field := binary.BigEndian.AppendUint64(nil, uint64(off))      //nolint:gosec // G115: an offset
+	return binary.BigEndian.AppendUint32(field, uint32(clusters)) //nolint:gosec // G115: at most 8 MiB of them
 }
 
 // claim registers new metadata clusters, which must not hold any yet.

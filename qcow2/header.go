@@ -34,7 +34,7 @@ const (
 	compatLazyRefcounts = 0
 
 	autoclearBitmaps = 0
-	autoclearRawData = 1
+	autoclearRawData = 1 // the external data file is a raw image of the disk
 )
 
 // Offsets in the header of the fields that are rewritten in place. Each lies
@@ -265,9 +265,6 @@ func (h *header) checkKnown(names featureNames) error {
 func (h *header) checkWritable(path string) error {
 	if h.incompat(incompatCorrupt) {
 		return &Error{Kind: ErrCorrupt, What: "the image is marked corrupt and can only be opened for reading", Mend: repairHint(path)}
-	}
-	if h.incompat(incompatDirty) {
-		return &Error{Kind: ErrUnsupported, What: "the image was not closed cleanly (its dirty bit is set) and can only be opened for reading", Mend: repairHint(path)}
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -51,7 +52,13 @@ func sameVerdict(t testing.TB, path string) *CheckResult {
 	t.Helper()
 	r := check(t, path)
 	theirs, ok := qemuCheckJSON(t, path)
-	ours := qemuVerdict{r.Corruptions, r.Leaks, r.ImageEnd, r.Total, r.Allocated, r.Fragmented, r.Compressed}
+	corruptions := r.Corruptions
+	for _, f := range r.Findings {
+		if strings.Contains(f.What, "is claimed by two") {
+			corruptions-- // QEMU minds the counts of such a table only
+		}
+	}
+	ours := qemuVerdict{corruptions, r.Leaks, r.ImageEnd, r.Total, r.Allocated, r.Fragmented, r.Compressed}
 	if d := cmp.Diff(theirs, ours); !ok || d != "" {
 		t.Errorf("QEMU's verdict, and ours: %s%v", d, r.Findings)
 	}
@@ -128,40 +135,41 @@ func TestCheckCorrupt(t *testing.T) {
 	shared, err := os.ReadFile(path)
 	must(t, err)
 	for _, c := range []struct {
-		name  string
-		off   int64
-		width int
-		value uint64
+		name   string
+		off    int64
+		width  int
+		value  uint64
+		broken string // which of the two images is beyond repair
 	}{
-		{"nothing", 0, 4, magic},
-		{"L1 entry at itself", 0x30000, 8, 0x8000000000030000},
-		{"L1 entry reserved bits", 0x30000, 8, 0xf000000000000000 | uint64(l2)},
-		{"L1 entry dropped", 0x30000, 8, 0},
-		{"L1 entry at the refcount block", 0x30000, 8, 0x8000000000020000},
-		{"L1 entry not COPIED", 0x30000, 8, uint64(l2)},
-		{"L2 entry at the refcount block", l2, 8, 0x8000000000020000},
-		{"L2 entry at the header", l2, 8, 0x8000000000000001},
-		{"L2 entry at itself", l2, 8, entryCopied | uint64(l2)},
-		{"L2 entry far away", l2, 8, 0x0080000000000000},
-		{"L2 entry beyond the end", l2, 8, 0x8000000000900000},
-		{"L2 entry dropped", l2, 8, 0},
-		{"L2 entry not COPIED", l2, 8, 0x50000},
-		{"L2 reserved bits", l2, 8, 0xbf00000000050000},
-		{"two L2 entries at one cluster", l2, 8, 0x8000000000060000},
-		{"compressed data moved", l2 + 16*8, 8, 0x4000000000050010},
-		{"compressed data far away", l2 + 16*8, 8, 0x403fff0000000000},
-		{"compressed and COPIED", l2 + 16*8, 8, 0xc000000000050010},
-		{"compressed data long", l2 + 17*8, 1, 0x7f},
-		{"count of the header zero", 0x20000, 2, 0},
-		{"count of the header two", 0x20000, 2, 2},
-		{"count of live data zero", 0x20000 + 10, 2, 0},
-		{"count of live data five", 0x20000 + 10, 2, 5},
-		{"count of nothing", 0x20000 + 2*14, 2, 1},
-		{"two blocks at one cluster", 0x10008, 8, 0x20000},
-		{"table entry far", 0x10008, 8, 0x7fffffffffff0000},
-		{"table entry reserved bits", 0x10008, 8, 0x100},
-		{"dirty", 72, 8, 1},
-		{"corrupt", 72, 8, 2},
+		{"nothing", 0, 4, magic, ""},
+		{"L1 entry at itself", 0x30000, 8, 0x8000000000030000, "plain shared"},
+		{"L1 entry reserved bits", 0x30000, 8, 0xf000000000000000 | uint64(l2), "plain shared"},
+		{"L1 entry dropped", 0x30000, 8, 0, ""},
+		{"L1 entry at the refcount block", 0x30000, 8, 0x8000000000020000, "plain shared"},
+		{"L1 entry not COPIED", 0x30000, 8, uint64(l2), ""},
+		{"L2 entry at the refcount block", l2, 8, 0x8000000000020000, ""},
+		{"L2 entry at the header", l2, 8, 0x8000000000000001, ""},
+		{"L2 entry at itself", l2, 8, entryCopied | uint64(l2), "plain"},
+		{"L2 entry far away", l2, 8, 0x0080000000000000, "plain shared"},
+		{"L2 entry beyond the end", l2, 8, 0x8000000000900000, "plain shared"},
+		{"L2 entry dropped", l2, 8, 0, ""},
+		{"L2 entry not COPIED", l2, 8, 0x50000, ""},
+		{"L2 reserved bits", l2, 8, 0xbf00000000050000, "plain shared"},
+		{"two L2 entries at one cluster", l2, 8, 0x8000000000060000, ""},
+		{"compressed data moved", l2 + 16*8, 8, 0x4000000000050010, ""},
+		{"compressed data far away", l2 + 16*8, 8, 0x403fff0000000000, "plain shared"},
+		{"compressed and COPIED", l2 + 16*8, 8, 0xc000000000050010, ""},
+		{"compressed data long", l2 + 17*8, 1, 0x7f, "plain"},
+		{"count of the header zero", 0x20000, 2, 0, ""},
+		{"count of the header two", 0x20000, 2, 2, ""},
+		{"count of live data zero", 0x20000 + 10, 2, 0, ""},
+		{"count of live data five", 0x20000 + 10, 2, 5, ""},
+		{"count of nothing", 0x20000 + 2*14, 2, 1, ""},
+		{"two blocks at one cluster", 0x10008, 8, 0x20000, ""},
+		{"table entry far", 0x10008, 8, 0x7fffffffffff0000, ""},
+		{"table entry reserved bits", 0x10008, 8, 0x100, ""},
+		{"dirty", 72, 8, 1, ""},
+		{"corrupt", 72, 8, 2, ""},
 	} {
 		for name, good := range map[string][]byte{"plain": plain, "shared": shared} {
 			t.Run(c.name+"/"+name, func(t *testing.T) {
@@ -174,7 +182,7 @@ func TestCheckCorrupt(t *testing.T) {
 				if err != nil || string(after) != string(b) {
 					t.Error("the check changed the image")
 				}
-				_, repaired, err := RepairLeaks(t.Context(), path, CheckOptions{})
+				_, repaired, err := Repair(t.Context(), path, RepairLeaks, CheckOptions{})
 				must(t, err)
 				after, err = os.ReadFile(path)
 				if !repaired.Clean() && (err != nil || string(after) != string(b)) {
@@ -182,6 +190,14 @@ func TestCheckCorrupt(t *testing.T) {
 				}
 				if again := sameVerdict(t, path); again.Clean() != repaired.Clean() {
 					t.Errorf("the repair is content with %v", again.Findings)
+				}
+				_, repaired, err = Repair(t.Context(), path, RepairAll, CheckOptions{})
+				must(t, err)
+				if again := sameVerdict(t, path); again.Clean() != repaired.Clean() || again.Clean() == strings.Contains(c.broken, name) {
+					t.Errorf("the repair of all leaves %v", again.Findings)
+				}
+				if repaired.Clean() {
+					closeImage(t, open(t, path, Options{}))
 				}
 			})
 		}
@@ -204,7 +220,7 @@ func TestCheckEnds(t *testing.T) {
 		t.Errorf("beside a writer: %v", err)
 	}
 	closeImage(t, m)
-	for bit, name := range map[uint]string{incompatDataFile: "data file", 40: "bit 40"} {
+	for bit, name := range map[uint]string{5: "bit 5", 40: "bit 40"} {
 		b, err := os.ReadFile(path)
 		must(t, err)
 		put(b, offIncompatible, 8, 1<<bit)

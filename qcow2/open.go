@@ -37,7 +37,9 @@ type Options struct {
 // writer is alone, readers share. The caller has to Close it.
 //
 // Open writes nothing to the file but the clearing of feature bits that the
-// format requires of a writer (autoclear).
+// format requires of a writer (autoclear), and the repair of an image whose dirty
+// bit is set: a program that keeps reference counts lazily did not close it. If
+// that leaves a fault, Open fails with ErrCorrupt and names it.
 //
 // The path is not used again once Open returns: a throw-away overlay may be
 // unlinked while open.
@@ -112,6 +114,11 @@ func (m *Image) load(opts Options, c *chain) error {
 		if err := h.checkWritable(m.path); err != nil {
 			return err
 		}
+		if h.incompat(incompatDirty) {
+			if h, fileSize, err = m.mendDirty(); err != nil {
+				return err
+			}
+		}
 	}
 	if err := m.loadTables(h, opts, fileSize); err != nil {
 		return err
@@ -144,6 +151,21 @@ func (m *Image) readHeader(fileSize int64) (*header, error) {
 		return nil, err
 	}
 	return parseHeader(b)
+}
+
+// mendDirty repairs an image that was not closed cleanly, as by a program that
+// was killed and keeps its counts lazily. It returns the header and the length of
+// the file afterwards.
+func (m *Image) mendDirty() (*header, int64, error) {
+	if err := repairDirty(m.file, m.path); err != nil {
+		return nil, 0, err
+	}
+	fileSize, err := m.file.Size()
+	if err != nil {
+		return nil, 0, err
+	}
+	h, err := m.loadHeader(fileSize)
+	return h, fileSize, err
 }
 
 // loadTables sets up the image from its validated header and reads the L1 table

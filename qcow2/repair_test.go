@@ -45,7 +45,7 @@ func TestRepairLeaks(t *testing.T) {
 	path := filepath.Join(dir, "disk.qcow2")
 	writeFile(t, path, b)
 	found := sameVerdict(t, path)
-	before, after, err := RepairLeaks(t.Context(), path, CheckOptions{})
+	before, after, err := Repair(t.Context(), path, RepairLeaks, CheckOptions{})
 	must(t, err)
 	if before.Leaks != found.Leaks || before.Leaks == 0 || !after.Clean() {
 		t.Errorf("%d leaks, then %+v", before.Leaks, after)
@@ -58,13 +58,13 @@ func TestRepairLeaks(t *testing.T) {
 	if mended[offIncompatible+7] != 0 || mended[offAutoclear] != 0 {
 		t.Error("the marks stayed")
 	}
-	_, after, err = RepairLeaks(t.Context(), path, CheckOptions{})
+	_, after, err = Repair(t.Context(), path, RepairLeaks, CheckOptions{})
 	must(t, err)
 	if again, err := os.ReadFile(path); err != nil || !bytes.Equal(again, mended) || !after.Clean() {
 		t.Error("the repair of a clean image changed it")
 	}
 	m := open(t, path, Options{})
-	if _, _, err := RepairLeaks(t.Context(), path, CheckOptions{}); !errors.Is(err, ErrLocked) {
+	if _, _, err := Repair(t.Context(), path, RepairLeaks, CheckOptions{}); !errors.Is(err, ErrLocked) {
 		t.Errorf("beside a writer: %v", err)
 	}
 	closeImage(t, m)
@@ -78,7 +78,7 @@ func TestRepairCorrupt(t *testing.T) {
 	must(t, err)
 	put(f.data, int64(m.l1[0]&entryOffset), 8, 0x8000000000800000)
 	b = append(b[:0], f.data...)
-	before, after, err := repairIn(t.Context(), f, "memory", CheckOptions{})
+	before, after, err := repairIn(t.Context(), f, "memory", RepairLeaks, CheckOptions{})
 	must(t, err)
 	if before.Corruptions == 0 || before != after || !bytes.Equal(f.data, b) {
 		t.Errorf("%+v, changed: %v", before, !bytes.Equal(f.data, b))
@@ -91,7 +91,7 @@ func TestRepairCut(t *testing.T) {
 	b, want := leaky(t)
 	sound := func(what string, data []byte) error {
 		f := &memFile{data: append([]byte(nil), data...)}
-		before, after, err := repairIn(t.Context(), f, what, CheckOptions{})
+		before, after, err := repairIn(t.Context(), f, what, RepairLeaks, CheckOptions{})
 		if err != nil || !after.Clean() {
 			return fmt.Errorf("%s: %+v, %+v (%w)", what, before, after, err)
 		}
@@ -108,7 +108,7 @@ func TestRepairCut(t *testing.T) {
 	run := &crashRun{start: b, f: &memFile{data: append([]byte(nil), b...), rec: true}}
 	ops := 0
 	run.f.fail = func(string) error { ops++; return nil }
-	_, _, err := repairIn(t.Context(), run.f, "memory", CheckOptions{})
+	_, _, err := repairIn(t.Context(), run.f, "memory", RepairLeaks, CheckOptions{})
 	must(t, err)
 	states := run.states(newSeed(t), 20, func(s state) bool {
 		err := sound(fmt.Sprint(s.what, s.cut), s.data)
@@ -129,7 +129,7 @@ func TestRepairCut(t *testing.T) {
 			return nil
 		}
 		// The host need not take back what it is offered.
-		if _, _, err := repairIn(t.Context(), f, "memory", CheckOptions{}); (err == nil) != (hit == "punch") {
+		if _, _, err := repairIn(t.Context(), f, "memory", RepairLeaks, CheckOptions{}); (err == nil) != (hit == "punch") {
 			t.Errorf("operation %d, a %s, failed: %v", at, hit, err)
 		}
 		must(t, sound(fmt.Sprint("failure ", at), f.data))

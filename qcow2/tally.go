@@ -3,6 +3,7 @@ package qcow2
 import (
 	"fmt"
 	"math"
+	"slices"
 )
 
 // tallyChunk is how many neighbouring clusters share a chunk.
@@ -19,11 +20,12 @@ func (k *chunk) at(c uint64) uint32 {
 	return k[c%tallyChunk]
 }
 
-// What a chunk and an L2 table cost in memory with their places in a map, in
-// bytes.
+// What a chunk and an L2 table cost in memory with their places in a map, and an
+// extent in a list, in bytes.
 const (
-	chunkCost = 4*tallyChunk + 48
-	tableCost = 48
+	chunkCost  = 4*tallyChunk + 64
+	tableCost  = 64
+	extentCost = 48
 )
 
 // tally counts references to host clusters in bounded memory: it has chunks only
@@ -42,6 +44,9 @@ func newTally(bytes int64) tally {
 
 // chunk returns the chunk of cluster c, nil if it has no references.
 func (t *tally) chunk(c uint64) *chunk { return t.chunks[c/tallyChunk] }
+
+// at returns the references to cluster c.
+func (t *tally) at(c uint64) uint32 { return t.chunk(c).at(c) }
 
 // spend takes bytes from the memory that is left.
 func (t *tally) spend(bytes int64) error {
@@ -67,4 +72,17 @@ func (t *tally) add(c uint64, n uint32) error {
 	v := &k[c%tallyChunk]
 	*v += min(n, math.MaxUint32-*v)
 	return nil
+}
+
+// drop takes back one reference to cluster c, which has one.
+func (t *tally) drop(c uint64) { t.chunk(c)[c%tallyChunk]-- }
+
+// sorted returns the chunks that there are, ascending: cluster c is in c/tallyChunk.
+func (t *tally) sorted() []uint64 {
+	all := make([]uint64, 0, len(t.chunks))
+	for c := range t.chunks {
+		all = append(all, c)
+	}
+	slices.Sort(all)
+	return all
 }
