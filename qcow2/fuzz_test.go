@@ -3,7 +3,6 @@ package qcow2
 import (
 	"bytes"
 	"encoding/binary"
-	"errors"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -15,7 +14,7 @@ import (
 // The fuzzers start from small good images of every kind. What they make of them
 // is opened and used, and then these hold:
 //
-//   - it ends, in bounded memory, and never panics (fuzzRun.watch);
+//   - it ends, in bounded memory, and never panics (hostileRun.watch);
 //   - every error is an *Error that names the file, and after a corruption a
 //     writer has set the corrupt bit where the version has one (judge);
 //   - guest data and holes never reach a cluster that holds metadata (guard);
@@ -97,42 +96,6 @@ func fuzzImages(t testing.TB) []fuzzImage {
 	return images
 }
 
-// metadata calls visit with the ranges of the metadata in b that its own tables
-// reach, until visit returns false. b may be broken: what does not fit into it
-// is left out.
-func metadata(b []byte, visit func(off, n int64) bool) {
-	be := binary.BigEndian
-	cs := int64(1) << be.Uint32(b[20:])
-	more := true
-	see := func(off uint64, n int64) []byte {
-		if !more || off > uint64(len(b)) {
-			return nil
-		}
-		n = min(n, int64(len(b))-int64(off))
-		more = visit(int64(off), n)
-		return b[off : int64(off)+n]
-	}
-	tables := func(list []byte, n int64) {
-		for ; more && len(list) >= 8; list = list[8:] {
-			if e := be.Uint64(list) & entryOffset; e != 0 {
-				see(e, n)
-			}
-		}
-	}
-	see(0, cs)
-	tables(see(be.Uint64(b[offRefTable:]), int64(be.Uint32(b[56:]))*cs), cs)
-	tables(see(be.Uint64(b[offL1Offset:]), int64(be.Uint32(b[36:]))*8), cs)
-	off := be.Uint64(b[64:])
-	for range be.Uint32(b[60:]) {
-		e := see(off, snapshotFixed)
-		if len(e) < snapshotFixed {
-			break
-		}
-		see(be.Uint64(e), int64(be.Uint32(e[8:]))*8)
-		off += (snapshotFixed + uint64(be.Uint16(e[12:])) + uint64(be.Uint16(e[14:])) + uint64(be.Uint32(e[36:])) + 7) &^ 7
-	}
-}
-
 // fuzzInput is the fuzzer's bytes, from which everything random is taken. Past
 // its end there are zeros.
 type fuzzInput []byte
@@ -171,15 +134,12 @@ func (in *fuzzInput) patch(b []byte, tables []int64) {
 	}
 }
 
-// fuzzRun is one use of an image.
+// fuzzRun is one run of a fuzzer.
 type fuzzRun struct {
-	t     *testing.T
-	f     *memFile
+	*hostileRun
 	base  *fuzzImage
-	m     *Image
 	good  bool   // it checked without corruptions, and nothing failed since
 	model []byte // contents of the disk; nil if nobody knows them
-	buf   []byte // guest data; a write of it is known by its place in memory
 }
 
 // fuzzDeadline is longer than any run takes on a busy machine.
@@ -191,20 +151,19 @@ const fuzzMemory = 512 << 20
 
 // fuzz uses the image b, which was made of base, as ops say.
 func fuzz(t *testing.T, base *fuzzImage, b []byte, changed bool, ops fuzzInput) {
-	f := &fuzzRun{t: t, f: &memFile{data: b}, base: base, buf: bytes.Repeat([]byte{0xa5}, 40000)}
-	defer f.watch()()
-	r, err := checkIn(t.Context(), &memFile{data: b}, "fuzz", CheckOptions{MemoryBytes: 16 << 20})
-	f.judge(inFile("fuzz", err))
-	f.good = err == nil && r.Corruptions == 0
+	defer watch(t)()
+	r, err := checkIn(t.Context(), &memFile{data: b}, hostilePath, CheckOptions{MemoryBytes: 16 << 20})
+	f := &fuzzRun{hostileRun: newHostileRun(t, b, base.under), base: base, good: err == nil && r.Corruptions == 0}
+	_ = f.judge(inFile(hostilePath, err))
 	start := append([]byte(nil), b...)
-	if f.open(Options{ReadOnly: true}) {
+	if f.open(Options{ReadOnly: true}) == nil {
 		f.read(0, min(f.m.Size(), 4*fuzzSize))
-		f.judge(f.m.Close())
+		_ = f.judge(f.m.Close())
 	}
 	if !bytes.Equal(f.f.data, start) {
 		t.Error("a reader changed the image")
 	}
-	if !f.open(Options{}) {
+	if f.open(Options{}) != nil {
 		return
 	}
 	if !changed {
@@ -219,9 +178,9 @@ func fuzz(t *testing.T, base *fuzzImage, b []byte, changed bool, ops fuzzInput) 
 	f.finish(changed)
 }
 
-// watch ends the program if the run hangs. What it returns ends the watch and
+// watch ends the program if the test hangs. What it returns ends the watch and
 // measures the memory.
-func (f *fuzzRun) watch() func() {
+func watch(t *testing.T) func() {
 	timer := time.AfterFunc(fuzzDeadline, func() { panic("the run does not end") })
 	sample := []metrics.Sample{{Name: "/gc/heap/allocs:bytes"}}
 	metrics.Read(sample)
@@ -230,59 +189,25 @@ func (f *fuzzRun) watch() func() {
 		timer.Stop()
 		metrics.Read(sample)
 		if n := sample[0].Value.Uint64() - before; n > fuzzMemory {
-			f.t.Errorf("%d bytes were allocated", n)
+			t.Errorf("%d bytes were allocated", n)
 		}
 	}
 }
 
-// open opens the image. One that is refused is left as it was.
-func (f *fuzzRun) open(opts Options) bool {
-	before := append([]byte(nil), f.f.data...)
-	opts.NoBacking = true
-	var file file = f.f
-	if !opts.ReadOnly {
-		file = &guardFile{file: f.f, run: f}
-	}
-	m, err := openFile(file, "fuzz", opts, &chain{})
-	if err != nil {
-		f.judge(err)
-		if !bytes.Equal(before, f.f.data) {
-			f.t.Errorf("a refused image was changed: %v", err)
+// note judges the result of an operation.
+func (f *fuzzRun) note(err error) {
+	if f.judge(err) != nil {
+		f.good = false
+		if f.model != nil {
+			f.t.Errorf("a good image: %v", err)
 		}
-		return false
-	}
-	if f.base.under != nil {
-		m.backing = &rawBacking{file: &memFile{data: f.base.under}, size: int64(len(f.base.under))}
-	}
-	f.m = m
-	return true
-}
-
-// judge notes the result of an operation.
-func (f *fuzzRun) judge(err error) {
-	if err == nil {
-		return
-	}
-	f.good = false
-	var e *Error
-	if !errors.As(err, &e) || e.Path != "fuzz" || e.What == "" {
-		f.t.Errorf("an error without a type or a name: %#v", err)
-	}
-	if f.model != nil {
-		f.t.Errorf("a good image: %v", err)
-	}
-	if f.m == nil || f.m.readOnly || f.m.version == 2 || !errors.Is(err, ErrCorrupt) {
-		return
-	}
-	if f.f.data[offIncompatible+7]>>incompatCorrupt&1 == 0 {
-		f.t.Errorf("the image is not marked corrupt after: %v", err)
 	}
 }
 
 func (f *fuzzRun) read(off, n int64) []byte {
 	got := make([]byte, n)
 	err := f.m.ReadvAt([][]byte{got[:n/3], got[n/3:]}, off)
-	f.judge(err)
+	f.note(err)
 	if err == nil && f.model != nil && !bytes.Equal(got, f.model[off:off+n]) {
 		f.t.Errorf("%d bytes at %d differ", n, off)
 	}
@@ -318,13 +243,13 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 	case 6:
 		f.read(off, n)
 		for _, mapErr := range f.m.Map(off, n) {
-			f.judge(mapErr)
+			f.note(mapErr)
 		}
 	case 7:
-		f.judge(f.m.Close())
-		return f.open(Options{})
+		f.note(f.m.Close())
+		return f.open(Options{}) == nil
 	}
-	f.judge(err)
+	f.note(err)
 	return true
 }
 
@@ -341,55 +266,14 @@ func (f *fuzzRun) finish(changed bool) {
 	if f.m.Size() == int64(len(f.model)) {
 		f.read(0, f.m.Size())
 	}
-	f.judge(f.m.Close())
+	f.note(f.m.Close())
 	if !f.good {
 		return
 	}
-	r, err := checkIn(f.t.Context(), &memFile{data: f.f.data}, "fuzz", CheckOptions{})
+	r, err := checkIn(f.t.Context(), &memFile{data: f.f.data}, hostilePath, CheckOptions{})
 	if err != nil || r.Corruptions > 0 || !changed && r.Leaks > f.base.leaks {
 		f.t.Errorf("at the end: %v %+v", err, r)
 	}
-}
-
-// guardFile sees to it that guest data and holes spare the metadata that the
-// tables in the file reach.
-type guardFile struct {
-	file
-	run *fuzzRun
-}
-
-func (g *guardFile) WritevAt(iov [][]byte, off int64) error {
-	at := off
-	for _, b := range iov {
-		if n := int64(len(b)); n > 0 && g.run.owns(b) {
-			g.check(at, n, "guest data")
-		}
-		at += int64(len(b))
-	}
-	return g.file.WritevAt(iov, off)
-}
-
-// owns reports whether b is a part of buf.
-func (f *fuzzRun) owns(b []byte) bool {
-	i := len(f.buf) - cap(b)
-	return i >= 0 && &f.buf[i] == &b[0]
-}
-
-func (g *guardFile) Punch(off, n int64) error {
-	g.check(off, n, "a hole")
-	return g.file.Punch(off, n)
-}
-
-func (g *guardFile) check(off, n int64, what string) {
-	g.run.f.mu.Lock()
-	defer g.run.f.mu.Unlock()
-	metadata(g.run.f.data, func(at, size int64) bool {
-		if at < off+n && off < at+size {
-			g.run.t.Errorf("%s at %#x, in the metadata at %#x", what, off, at)
-			return false
-		}
-		return true
-	})
 }
 
 // someOps is a seed: each kind of operation, over the first and the last clusters.

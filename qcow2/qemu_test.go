@@ -10,8 +10,6 @@ import (
 	"testing"
 )
 
-func b2i(b bool) int64 { return int64(b2u(b)) }
-
 func writeFile(t testing.TB, path string, b []byte) {
 	t.Helper()
 	if err := os.WriteFile(path, b, 0o600); err != nil {
