@@ -3,140 +3,137 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"maps"
+	"math"
 	"math/rand/v2"
+	"runtime"
+	"strings"
 	"syscall"
 	"testing"
 )
 
-// TestFaults fails every file operation of a workload, one run each: once or
-// from then on, with EIO or ENOSPC. Whatever failed, the image afterwards checks
-// with leaks at worst, a write that succeeded and was flushed is there, and no
-// sector shows what was never written to it.
-func TestFaults(t *testing.T) {
-	r := newSeed(t)
-	seed := r.Uint64()
-	packed := compressedRun(t, 128<<10, 4096)
-	fresh := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 64}, nil)
-	over := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512}, make([]byte, 20000))
-	for i := range over.sectors {
-		over.sectors[i].floors = nil
-	}
-	for name, run := range map[string]*crashRun{"compressed": packed, "fresh": fresh, "overlay": over} {
-		total := faultRun(t, run, seed, func(int, string) error { return nil })
-		step := 1
-		if brief() {
-			step = 11
-		}
-		for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
-			for _, always := range []bool{false, true} {
-				for at := 1 + r.IntN(step); at <= total; at += step {
-					if t.Failed() {
-						return
-					}
-					what := fmt.Sprintf("%s, %v at operation %d, always %v", name, errno, at, always)
-					t.Log(what)
-					faultRun(t, run, seed, func(n int, op string) error {
-						if (n == at || always && n > at) && (op != "sync" || errno != syscall.ENOSPC) {
-							return errno
-						}
-						return nil
-					})
-				}
-			}
-		}
-	}
+// fault is the failure of a file operation, by its number in a workload.
+type fault struct {
+	at     int
+	errno  syscall.Errno
+	always bool // and of all that follow
 }
 
-// faultRun writes and flushes with fail deciding about each file operation by
-// its number, and returns how many there were.
-func faultRun(t *testing.T, run *crashRun, seed uint64, fail func(n int, op string) error) int {
-	t.Helper()
-	r := rand.New(rand.NewPCG(seed, 1))
-	f := &memFile{data: append([]byte(nil), run.start...)}
-	m := run.open(t, f, false)
-	ops := 0
-	f.fail = func(op string) error { ops++; return fail(ops, op) }
-	may := make([]map[uint64]bool, len(run.sectors)) // what a sector may have after a crash
-	now := make([]map[uint64]bool, len(run.sectors)) // and what it may read as now
-	first := uint64(0)
-	if len(run.sectors[0].floors) > 0 {
-		first = 1
-	}
-	for i := range may {
-		may[i], now[i] = map[uint64]bool{first: true}, map[uint64]bool{first: true}
-	}
-	for seq := uint64(2); seq < 60; seq++ {
-		if seq%7 == 0 {
-			if err := m.Flush(); err == nil {
-				for i := range may {
-					may[i] = maps.Clone(now[i])
-				}
-			} else if !known(err) {
-				t.Errorf("flush: %v", err)
-			}
-			continue
-		}
-		n := 1 + r.Uint64N(20)
-		lba := r.Uint64N(uint64(len(may)) - n)
-		value, err := seq, error(nil)
-		how := r.IntN(9)
-		if how <= eraseDiscard {
-			value = 0
-			off, size := int64(lba*sector), int64(n*sector)
-			if how == eraseDiscard {
-				off, size = wholeClusters(m, off, size)
-				lba, n = uint64(off/sector), uint64(size/sector)
-			}
-			err = eraser(m, how)(off, size)
-		} else {
-			err = writeStamps(m, lba, n, seq)
-		}
-		for i := range n {
-			may[lba+i][value], now[lba+i][value] = true, true
-		}
-		if err != nil && !known(err) {
-			t.Errorf("write: %v", err)
-		}
-		if err != nil {
-			continue // the old or the new
-		}
-		for i := range n {
-			now[lba+i] = map[uint64]bool{value: true}
-		}
-	}
-	f.fail = nil
-	total := ops
-	if m.Close() == nil {
-		may = now
-	}
-	verifyFaulted(t, run, f, may)
-	return total
+func (f fault) String() string {
+	return fmt.Sprintf("%v at operation %d, always: %v", f.errno, f.at, f.always)
 }
 
+// hits reports whether operation n, an op, fails.
+func (f fault) hits(n int, op string) bool {
+	return (n == f.at || f.always && n > f.at) && (op != "sync" || f.errno != syscall.ENOSPC)
+}
+
+// known reports whether err is one that a faulty file brings about.
 func known(err error) bool {
 	return errors.Is(err, syscall.EIO) || errors.Is(err, syscall.ENOSPC) || errors.Is(err, ErrFlushFailed)
 }
 
-func verifyFaulted(t *testing.T, run *crashRun, f *memFile, may []map[uint64]bool) {
+// TestFaults fails every file operation of every workload, one run each: once or
+// from then on, with EIO or ENOSPC. The error reaches a caller. The disk reads
+// right before and after, what was flushed is there, killed or closed, and the
+// image has leaks at worst.
+func TestFaults(t *testing.T) {
+	for _, w := range workloads {
+		t.Run(w.name, func(t *testing.T) {
+			r := newSeed(t)
+			w.queues, w.ops, w.fails = 1, 40, 0
+			base, seed := newRun(t, w), r.Uint64()
+			total := faultRun(t, base, w, seed, fault{})
+			step := 1
+			if brief() {
+				step = 1 + total/8
+			}
+			runs := 0
+			for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
+				for _, always := range []bool{false, true} {
+					for at := 1 + r.IntN(step); at <= total; at += step {
+						f := fault{at, errno, always}
+						if faultRun(t, base, w, seed, f); t.Failed() {
+							t.Fatal(f)
+						}
+						runs++
+					}
+				}
+			}
+			t.Logf("%d of %d faults", runs, 4*total)
+		})
+	}
+}
+
+// faultRun runs the workload with one fault and returns how many file operations
+// there were.
+func faultRun(t *testing.T, base *crashRun, w workload, seed uint64, bad fault) int {
 	t.Helper()
-	v := checkImage(f.data)
-	if len(v.corruptions) > 0 {
-		t.Errorf("corrupt: %v", v.corruptions)
-		return
-	}
-	m := run.open(t, &memFile{data: f.data}, true)
-	got := make([]byte, m.Size())
-	if _, err := m.ReadAt(got, 0); err != nil {
-		t.Error(err)
-		return
-	}
-	for lba := range may {
-		seq, err := readStamp(got[lba*sector:], uint64(lba))
-		if err != nil || !may[lba][seq] {
-			t.Errorf("sector %d has write %d, allowed are %v: %v", lba, seq, may[lba], err)
-			return
+	disk, err := base.verify(t, state{cut: math.MaxInt, data: base.start})
+	must(t, err)
+	run := base.resume(base.start, disk)
+	run.f.rec = false
+	run.m = run.open(t, run.f, false)
+	ops, hit, told := 0, "", false
+	run.f.fail = func(op string) error {
+		if ops++; !bad.hits(ops, op) {
+			return nil
 		}
+		if hit == "" {
+			hit = op
+		}
+		// The host need not take back what it is offered, and the goroutine
+		// in the background has nobody to tell: a flush tries the same again.
+		told = told || op == "punch" || inBackground()
+		return bad.errno
+	}
+	run.tolerate = func(err error) bool { told = true; return known(err) }
+	run.play(t, w, rand.New(rand.NewPCG(seed, 1)))
+	run.f.fail = nil
+	run.sound(t, "in memory")
+	killed := &memFile{data: append([]byte(nil), run.f.data...)}
+	run.reopened(t, "killed", killed)
+	if err := run.m.Close(); err == nil {
+		run.flushAll()
+		run.noLeaks(t)
+	} else if told = true; !known(err) {
+		t.Errorf("close: %v", err)
+	}
+	run.reopened(t, "closed", run.f)
+	if hit != "" && !told {
+		t.Errorf("nobody was told that a %s failed", hit)
+	}
+	return ops
+}
+
+// inBackground reports whether the goroutine is the one that commits in the
+// background.
+func inBackground() bool {
+	b := make([]byte, 8<<10)
+	return strings.Contains(string(b[:runtime.Stack(b, false)]), "(*commits).start")
+}
+
+// sound reads the disk of the open image.
+func (run *crashRun) sound(t *testing.T, when string) {
+	t.Helper()
+	disk := make([]byte, run.m.Size())
+	if err := run.m.ReadvAt([][]byte{disk}, 0); err != nil {
+		t.Errorf("%s: %v", when, err)
+		return
+	}
+	if err := run.judgeDisk(disk, (*history).now); err != nil {
+		t.Errorf("%s: %v", when, err)
+	}
+}
+
+// reopened checks the file and reads its disk.
+func (run *crashRun) reopened(t *testing.T, when string, f *memFile) {
+	t.Helper()
+	err := checkState(f.data)
+	if err == nil {
+		_, err = run.verify(t, state{cut: math.MaxInt, data: f.data})
+	}
+	if err != nil {
+		t.Errorf("%s: %v", when, err)
 	}
 }
 

@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 )
@@ -15,8 +17,9 @@ type memFile struct {
 	// fail, if set, decides before each operation whether it fails. An
 	// operation that fails does nothing, or half if it is a write.
 	fail func(op string) error
-	// noBarrier makes syncs leave no trace: the control of the crash tests.
-	noBarrier func(n int) bool
+	// noBarrier, if set, says which syncs leave no trace, by the place in the
+	// code that asked for them: the control of the crash tests.
+	noBarrier func(site string) bool
 	syncs     int
 }
 
@@ -28,8 +31,9 @@ const maxMemFile = 64 << 20
 type eventKind uint8
 
 const (
-	evWrite    eventKind = iota
-	evTruncate           // to off bytes
+	evWrite eventKind = iota
+	evPunch           // data is zeros
+	evTruncate
 	evSyncBegin
 	evSyncEnd
 	evMark // of the test; see note
@@ -37,10 +41,25 @@ const (
 
 type event struct {
 	kind eventKind
-	off  int64
+	off  int64 // the length, of evTruncate
 	data []byte
 	note any
 	sync int // index in the log of the sync's beginning
+}
+
+// changes reports whether the event changes the file, so that a power cut may
+// lose it.
+func (e *event) changes() bool { return e.kind <= evTruncate }
+
+// apply does to the image what the event did to the file, and returns it.
+func (e *event) apply(image []byte) []byte {
+	switch e.kind {
+	case evWrite, evPunch:
+		return apply(image, e.data, e.off)
+	case evTruncate:
+		return truncate(image, e.off)
+	}
+	return image
 }
 
 func (f *memFile) check(op string) error {
@@ -48,6 +67,14 @@ func (f *memFile) check(op string) error {
 		return nil
 	}
 	return f.fail(op)
+}
+
+// record adds e to the log, if there is one, and returns its index. mu is held.
+func (f *memFile) record(e event) int {
+	if f.rec {
+		f.log = append(f.log, e)
+	}
+	return len(f.log) - 1
 }
 
 func (f *memFile) ReadvAt(iov [][]byte, off int64) error {
@@ -74,7 +101,7 @@ func (f *memFile) WritevAt(iov [][]byte, off int64) error {
 	if off+length(iov) > maxMemFile {
 		return syscall.EFBIG
 	}
-	var all []byte
+	all := make([]byte, 0, length(iov))
 	for _, b := range iov {
 		all = append(all, b...)
 	}
@@ -83,112 +110,18 @@ func (f *memFile) WritevAt(iov [][]byte, off int64) error {
 	}
 	if len(all) > 0 {
 		f.data = apply(f.data, all, off)
-		if f.rec {
-			f.log = append(f.log, event{kind: evWrite, off: off, data: all})
-		}
+		f.record(event{kind: evWrite, off: off, data: all})
 	}
 	return err
 }
 
 // apply writes b at off into the image and returns it.
 func apply(image, b []byte, off int64) []byte {
-	if end := int(off) + len(b); end > len(image) {
-		image = append(image, make([]byte, end-len(image))...)
+	if end := off + int64(len(b)); end > int64(len(image)) {
+		image = truncate(image, end)
 	}
 	copy(image[off:], b)
 	return image
-}
-
-// changes reports whether the event changes the file.
-func (e event) changes() bool { return e.kind == evWrite || e.kind == evTruncate }
-
-// apply does to the image what the event did to the file, and returns it.
-func (e event) apply(image []byte) []byte {
-	switch e.kind {
-	case evWrite:
-		return apply(image, e.data, e.off)
-	case evTruncate:
-		return truncate(image, e.off)
-	}
-	return image
-}
-
-func (f *memFile) Fdatasync() error {
-	f.mu.Lock()
-	f.syncs++
-	err := f.check("sync")
-	traced := f.rec && (f.noBarrier == nil || !f.noBarrier(f.syncs))
-	begin := len(f.log)
-	if traced {
-		f.log = append(f.log, event{kind: evSyncBegin})
-	}
-	f.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	f.mu.Lock()
-	if traced {
-		f.log = append(f.log, event{kind: evSyncEnd, sync: begin})
-	}
-	f.mu.Unlock()
-	return nil
-}
-
-// mark adds a note to the log and returns its index.
-func (f *memFile) mark(note any) int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.log = append(f.log, event{kind: evMark, note: note})
-	return len(f.log) - 1
-}
-
-// Punch is a write of zeros, of which a power cut may keep any part.
-func (f *memFile) Punch(off, n int64) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if n = min(n, int64(len(f.data))-off); n <= 0 {
-		return f.check("punch")
-	}
-	err := f.check("punch")
-	if err != nil {
-		n = n / 2 &^ 511
-	}
-	f.data = apply(f.data, make([]byte, n), off)
-	if f.rec {
-		f.log = append(f.log, event{kind: evWrite, off: off, data: make([]byte, n)})
-	}
-	return err
-}
-
-// Allocate has nothing to reserve but may fail.
-func (f *memFile) Allocate(off, n int64) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if err := f.check("allocate"); err != nil {
-		return err
-	}
-	size := max(off+n, int64(len(f.data)))
-	if size > maxMemFile {
-		return syscall.EFBIG
-	}
-	f.data = truncate(f.data, size)
-	return nil
-}
-
-func (f *memFile) Truncate(size int64) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if err := f.check("truncate"); err != nil {
-		return err
-	}
-	if size > maxMemFile {
-		return syscall.EFBIG
-	}
-	f.data = truncate(f.data, size)
-	if f.rec {
-		f.log = append(f.log, event{kind: evTruncate, off: size})
-	}
-	return nil
 }
 
 // truncate makes the image size bytes long and returns it.
@@ -197,6 +130,99 @@ func truncate(image []byte, size int64) []byte {
 		return image[:size]
 	}
 	return append(image, make([]byte, size-int64(len(image)))...)
+}
+
+func (f *memFile) Fdatasync() error {
+	f.mu.Lock()
+	f.syncs++
+	err := f.check("sync")
+	traced := f.rec && (f.noBarrier == nil || !f.noBarrier(barrierSite()))
+	begin := len(f.log)
+	if traced {
+		f.record(event{kind: evSyncBegin})
+	} else {
+		f.record(event{kind: evMark, note: barrierLost})
+	}
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	f.mu.Lock()
+	if traced {
+		f.record(event{kind: evSyncEnd, sync: begin})
+	}
+	f.mu.Unlock()
+	return nil
+}
+
+// barrierLost is the note of a sync that leaves no trace.
+const barrierLost = "barrier lost"
+
+// barrierSite returns the place, FILE:LINE, of the engine that asks for the sync
+// under way: the innermost one that is no mere helper.
+func barrierSite() string {
+	var pcs [16]uintptr
+	frames := runtime.CallersFrames(pcs[:runtime.Callers(2, pcs[:])])
+	for more := true; more; {
+		var frame runtime.Frame
+		frame, more = frames.Next()
+		name := frame.Function[strings.LastIndexByte(frame.Function, '.')+1:]
+		if name != "Fdatasync" && name != "datasync" {
+			return siteOf(frame.File, frame.Line)
+		}
+	}
+	return "?"
+}
+
+// mark adds a note to the log and returns its index.
+func (f *memFile) mark(note any) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.record(event{kind: evMark, note: note})
+}
+
+// Punch is a write of zeros, of which a power cut may keep any part.
+func (f *memFile) Punch(off, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	err := f.check("punch")
+	if n = min(n, int64(len(f.data))-off); n <= 0 {
+		return err
+	}
+	if err != nil {
+		n = n / 2 &^ 511
+	}
+	f.data = apply(f.data, make([]byte, n), off)
+	f.record(event{kind: evPunch, off: off, data: make([]byte, n)})
+	return err
+}
+
+// Allocate has nothing to reserve but may fail.
+func (f *memFile) Allocate(off, n int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.check("allocate"); err != nil || off+n <= int64(len(f.data)) {
+		return err
+	}
+	return f.truncate(off + n)
+}
+
+func (f *memFile) Truncate(size int64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.check("truncate"); err != nil {
+		return err
+	}
+	return f.truncate(size)
+}
+
+func (f *memFile) truncate(size int64) error {
+	if size > maxMemFile {
+		return syscall.EFBIG
+	}
+	f.data = truncate(f.data, size)
+	f.record(event{kind: evTruncate, off: size})
+	return nil
 }
 
 func (f *memFile) Size() (int64, error) {

@@ -258,11 +258,10 @@ func TestNoIOUnderLock(t *testing.T) {
 	packed := compressedRun(t, 128<<10, 512)
 	fresh := crashImage(t, CreateOptions{Size: 12 << 20, ClusterSize: 512, RefcountBits: 64}, make([]byte, 50000))
 	for _, run := range []*crashRun{packed, fresh} {
-		m, err := openFile(&memFile{data: append([]byte(nil), run.start...)}, "memory", Options{L2CacheBytes: 1}, &chain{})
+		m, err := run.openIn(&memFile{data: append([]byte(nil), run.start...)}, Options{L2CacheBytes: 1})
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.backing = run.under
 		m.file = &unlockedFile{file: m.file, t: t, m: m}
 		m.data = m.file
 		for i := range 60 {

@@ -110,7 +110,7 @@ func TestRepairCut(t *testing.T) {
 	run.f.fail = func(string) error { ops++; return nil }
 	_, _, err := repairIn(t.Context(), run.f, "memory", RepairLeaks, CheckOptions{})
 	must(t, err)
-	states := run.states(newSeed(t), 20, func(s state) bool {
+	states := run.states(newSeed(t), 3000, func(s state) bool {
 		err := sound(fmt.Sprint(s.what, s.cut), s.data)
 		if err != nil {
 			t.Error(err)
