@@ -153,6 +153,8 @@ var corruptions = []corruption{
 	{name: "080 snapshot L1 unaligned", base: "snapshot", patches: one(atSnapshots, 8, 0x400200), writes: "not aligned"},
 	{name: "080 snapshot L1 size", base: "snapshot", patches: one(atSnapshots+8, 4, 0x10000000), writes: "too large"},
 	{name: "snapshot L1 at the L1 table", base: "snapshot", patches: one(atSnapshots, 8, atL1), writes: "claimed by two"},
+	{name: "060 L2 entry at a snapshot's L2 table", base: "snapshot", patches: one(l2Snapshot, 8, 1<<63|atL2), write: "L2 table of a snapshot", discard: "L2 table of a snapshot"},
+	{name: "snapshot's L2 table counted 0", base: "snapshot", patches: one(atBlock+2*(atL2>>16), 2, 0), write: "L2 table of a snapshot"},
 	{name: "261 extra data of 0 bytes", base: "snapshot", patches: []brokenField{{atSnapshots + 36, 4, 0}}},
 	{name: "261 extra data of 8 bytes", base: "snapshot", patches: []brokenField{{atSnapshots + 36, 4, 8}}},
 	{name: "261 extra data of 50 bytes", base: "snapshot", patches: []brokenField{{atSnapshots + 36, 4, 50}}},
@@ -165,6 +167,7 @@ const (
 	blockSmall  = 0x400
 	l2Small     = 0x800
 	atSnapshots = 0x90000
+	l2Snapshot  = 0xa0000
 )
 
 // fullCounts are patches that count each cluster of the image "small" that has a
@@ -206,8 +209,8 @@ func corruptionBases(t *testing.T) map[string][]byte {
 			t.Fatalf("QEMU has put %#x at %#x instead of %#x", got, off, want)
 		}
 	}
-	if at := be.Uint64(bases["snapshot"][64:]); at != atSnapshots {
-		t.Fatalf("QEMU has put the snapshot table at %#x", at)
+	if at, l2 := be.Uint64(bases["snapshot"][64:]), be.Uint64(bases["snapshot"][atL1:]); at != atSnapshots || l2 != 1<<63|l2Snapshot {
+		t.Fatalf("QEMU has put the snapshot table at %#x, the L2 table at %#x", at, l2)
 	}
 	small := bases["small"]
 	if block, l2 := be.Uint64(small[be.Uint64(small[offRefTable:]):]), be.Uint64(small[be.Uint64(small[offL1Offset:]):]); block != blockSmall || l2 != 1<<63|l2Small {

@@ -224,13 +224,16 @@ func (m *Image) recycle(free []uint64) {
 	m.counts.freed.Add(uint64(len(free)))
 	m.decoder.forget() // it goes by offsets, which may have other data soon
 	var holes []extent
-	m.mu.RLock()
+	m.lock()
 	for _, c := range free {
+		if m.meta.at(c) == metaSharedL2 {
+			m.meta.remove(extent{start: c, n: 1})
+		}
 		if m.meta.at(c) == metaNone { // always, unless the counts lie
 			holes = appendExtent(holes, extent{start: c, n: 1})
 		}
 	}
-	m.mu.RUnlock()
+	m.mu.Unlock()
 	for _, e := range holes {
 		m.punch(e)
 	}

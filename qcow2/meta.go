@@ -15,13 +15,14 @@ const (
 	metaL2
 	metaRefTable
 	metaRefBlock
+	metaSharedL2 // of a snapshot, and no longer of the active disk
 	metaSnapshots
 )
 
 func (k metaKind) String() string {
 	return [...]string{
 		"data", "header", "L1 table", "an active L2 table", "reference count table",
-		"reference count structure", "snapshot table or a snapshot's L1 table",
+		"reference count structure", "an L2 table of a snapshot", "snapshot table or a snapshot's L1 table",
 	}[k]
 }
 
@@ -30,9 +31,10 @@ func (k metaKind) String() string {
 // Image.mu.
 //
 // It takes 8 to 16 bytes for each run of up to 64 clusters of one kind. There are
-// at most as many runs as entries of the L1 table (4 Mi) and of the refcount table
-// (1 Mi), and few for the tables of the header and the snapshots: that bounds it
-// to some 80 MiB for any image. The 2048 L2 tables of 1 TiB in clusters of 64 KiB
+// at most as many runs as entries of the L1 table (4 Mi), of the refcount table
+// (1 Mi) and of the snapshots' L1 tables (4 Mi of them are looked at), and few for
+// the tables of the header and the snapshots: that bounds it to some 150 MiB for
+// any image. The 2048 L2 tables of 1 TiB in clusters of 64 KiB
 // take 32 KiB at most.
 type metaSet struct {
 	leaves []metaLeaf // ascending, none empty
@@ -204,4 +206,33 @@ func (m *Image) claimTable(off, fileSize int64, k metaKind) error {
 		return corruptf("the %s at %#x lies beyond the end of the file", k, off)
 	}
 	return m.meta.claim(&m.geometry, extent{start: m.cluster(off), n: 1}, k)
+}
+
+// maxSharedEntries is how many entries of snapshots' L1 tables are looked at.
+const maxSharedEntries = maxL1Bytes / 8
+
+// claimShared adds the L2 tables that only snapshots use to the set, whose L1
+// tables lie in the ranges of bytes l1s. A cluster that is counted too low is then
+// not handed out or written while a snapshot needs it as a table. An entry that
+// points to no table is left alone: it harms the snapshot and nothing else.
+func (m *Image) claimShared(l1s []extent, fileSize int64) error {
+	left := uint64(maxSharedEntries)
+	for _, l1 := range l1s {
+		const most = 1 << 16 // entries read at a time
+		for l1.n > 0 && left > 0 {
+			n := min(l1.n/8, most, left)
+			table, err := m.loadTable(l1.start, int64(n)*8) //nolint:gosec // G115: at most 512 KiB
+			if err != nil {
+				return err
+			}
+			for _, e := range table {
+				off, err := m.decodeL1(e, 0)
+				if err == nil && off != 0 && off < fileSize && m.meta.at(m.cluster(off)) == metaNone {
+					m.meta.add(extent{start: m.cluster(off), n: 1}, metaSharedL2)
+				}
+			}
+			l1.start, l1.n, left = l1.start+n*8, l1.n-n*8, left-n
+		}
+	}
+	return nil
 }

@@ -10,11 +10,12 @@ const (
 	maxSnapshotL1s   = 1 << 30  // bytes of all their L1 tables together
 )
 
-// claimSnapshots walks the snapshot table and claims it and the snapshots' L1
-// tables, so that they are never written over. Their L2 tables and clusters are
-// shared with the active disk and protected by their reference counts.
+// claimSnapshots walks the snapshot table and claims it and the snapshots' L1 and
+// L2 tables, so that they are never written over. Their data is protected by its
+// reference counts.
 func (m *Image) claimSnapshots(h *header, fileSize int64) error {
 	off, l1Total := h.snapshotsOffset, uint64(0)
+	var l1s []extent // in bytes
 	for i := range h.snapshots {
 		var b [snapshotFixed]byte
 		if err := readFull(m.file, b[:], int64(off)); err != nil { //nolint:gosec // G115: checked by checkTable
@@ -43,11 +44,15 @@ func (m *Image) claimSnapshots(h *header, fileSize int64) error {
 		if err := m.claimRange(l1Offset, l1Bytes); err != nil {
 			return err
 		}
+		l1s = append(l1s, extent{start: l1Offset, n: l1Bytes})
 	}
 	if h.snapshots == 0 {
 		return nil
 	}
-	return m.claimRange(h.snapshotsOffset, off-h.snapshotsOffset)
+	if err := m.claimRange(h.snapshotsOffset, off-h.snapshotsOffset); err != nil {
+		return err
+	}
+	return m.claimShared(l1s, fileSize)
 }
 
 // claimRange claims the clusters of the n bytes at off for the snapshots.

@@ -74,8 +74,10 @@ func (m *Image) ownTable(i uint64) error {
 		return err
 	}
 	if old != 0 {
-		m.freed = append(m.freed, m.cluster(old))
-		m.meta.remove(extent{start: m.cluster(old), n: 1})
+		table := extent{start: m.cluster(old), n: 1}
+		m.freed = append(m.freed, table.start)
+		m.meta.remove(table)
+		m.meta.add(table, metaSharedL2) // until its count says otherwise; see recycle
 	}
 	m.meta.add(host, metaL2)
 	m.grown = appendExtent(m.grown, host)
