@@ -67,7 +67,7 @@ func (t *Transport) readBARLocked(off uint64, p []byte) {
 		copy(p, b[:])
 	case isrBase:
 		if in == 0 {
-			p[0] = byte(t.isr.Swap(0)) // P10: reading clears
+			p[0] = t.intx.take() // P10: reading clears
 		}
 	case deviceBase:
 		if in+n > deviceLen {
@@ -268,7 +268,7 @@ func (t *Transport) enableQueueLocked(i int) {
 	}
 	s.q = q
 	t.bindLocked()
-	if t.started {
+	if t.started && !t.held {
 		t.startQueueLocked(i)
 	}
 }

@@ -20,6 +20,7 @@ const (
 	cfgSubsysID     = 0x2e
 	cfgCapPointer   = 0x34
 	cfgIntLine      = 0x3c
+	cfgIntPin       = 0x3d
 
 	cfgHeaderSize = 0x40
 	cfgSpaceSize  = 256 // what lies above, up to 4 KiB, reads as zero
@@ -32,7 +33,10 @@ const (
 	commandSERR        = 1 << 8
 	commandINTxDisable = 1 << 10
 
-	statusCapList = 1 << 4
+	statusInterrupt = 1 << 3 // Interrupt Status
+	statusCapList   = 1 << 4
+
+	pinINTA = 1
 
 	barMemory64 = 0x4 // 64-bit, not prefetchable
 )
@@ -114,6 +118,10 @@ func (c *configSpace) uint32(off int) uint32 { return binary.LittleEndian.Uint32
 
 // memoryEnabled reports whether the function decodes its BAR.
 func (c *configSpace) memoryEnabled() bool { return c.uint16(cfgCommand)&commandMemory != 0 }
+
+// busMaster reports whether the function may access memory, which includes the
+// sending of messages.
+func (c *configSpace) busMaster() bool { return c.uint16(cfgCommand)&commandBusMaster != 0 }
 
 // bar is the address in the BAR. Zero means that none has been assigned.
 func (c *configSpace) bar() guest.GPA {

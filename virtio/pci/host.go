@@ -37,6 +37,14 @@ type Host interface {
 	NewInterrupt() (Interrupt, error)
 }
 
+// Line is a level-triggered interrupt line, which functions may share: it is at
+// work while any of them asserts it.
+type Line interface {
+	// Set asserts the line for the caller, or ends that, in turn. It does not
+	// block and is safe from any goroutine.
+	Set(asserted bool)
+}
+
 // Interrupt is one message-signalled interrupt of a function.
 type Interrupt interface {
 	// Route makes Trigger send data to address from now on (K8: called while

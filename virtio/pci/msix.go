@@ -64,6 +64,7 @@ type msix struct {
 	vectors []msixVector
 	enabled atomic.Bool // MSI-X Enable; read by whoever raises an interrupt
 	masked  bool        // Function Mask
+	mute    bool        // the function may not send messages: it is no bus master
 }
 
 // newMSIX returns n vectors of interrupts of host, each masked (P9).
@@ -84,6 +85,7 @@ func newMSIX(host Host, n int) (*msix, error) {
 func (m *msix) reset() {
 	m.enabled.Store(false)
 	m.masked = false
+	m.mute = true
 	for i := range m.vectors {
 		v := &m.vectors[i]
 		v.state.Store(vectorMasked)
@@ -121,6 +123,20 @@ func (m *msix) clearPending() {
 func (m *msix) setControl(ctrl uint16) error {
 	m.enabled.Store(ctrl&msixEnable != 0)
 	m.masked = ctrl&msixFuncMask != 0
+	return m.updateAll()
+}
+
+// setMaster lets the function send messages, or keeps it from that, in which case
+// they wait as behind a mask. The error is as for setControl.
+func (m *msix) setMaster(master bool) error {
+	if m.mute == !master {
+		return nil
+	}
+	m.mute = !master
+	return m.updateAll()
+}
+
+func (m *msix) updateAll() error {
 	var errs []error
 	for i := range m.vectors {
 		errs = append(errs, m.update(i))
@@ -128,12 +144,12 @@ func (m *msix) setControl(ctrl uint16) error {
 	return errors.Join(errs...)
 }
 
-// update brings vector i in line with the three masks that rule it. K8: its
+// update brings vector i in line with all that masks it. K8: its
 // message is routed only here, when it becomes unmasked, because a guest writes
 // an entry in several stores.
 func (m *msix) update(i int) error {
 	v := &m.vectors[i]
-	if !m.enabled.Load() || m.masked || v.entry[msixCtrlOffset]&msixEntryMask != 0 {
+	if !m.enabled.Load() || m.masked || m.mute || v.entry[msixCtrlOffset]&msixEntryMask != 0 {
 		v.state.Or(vectorMasked)
 		return nil
 	}

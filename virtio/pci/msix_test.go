@@ -1,6 +1,7 @@
 package pci
 
 import (
+	"errors"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -20,7 +21,7 @@ func TestUnmaskRace(t *testing.T) {
 	intr := &countingInterrupt{}
 	m := &msix{vectors: []msixVector{{intr: intr}}}
 	m.reset()
-	if err := m.setControl(msixEnable); err != nil {
+	if err := errors.Join(m.setControl(msixEnable), m.setMaster(true)); err != nil {
 		t.Fatal(err)
 	}
 	entry := func(mask byte) {

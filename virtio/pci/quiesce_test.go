@@ -117,3 +117,20 @@ func TestWindowWidth(t *testing.T) {
 	r.f.WriteConfig(window+16, []byte{0, 0, 0, 0})
 	r.want("status", vt.Status, 1, dok)
 }
+
+// TestResetDuringQueueReset resets the device while the reset of a queue waits
+// for a request: status does not read 0 before both are over (P23).
+func TestResetDuringQueueReset(t *testing.T) {
+	r := newRig(t, &echo{n: 1, hold: make(chan struct{})})
+	r.start(all)
+	r.Set(vt.QueueSelect, 2, 0)
+	r.Set(vt.QueueReset, 2, 1)
+	r.eventually("the device to stop the queue", func() bool { _, running := r.dev.count(); return running == 0 })
+	r.Set(vt.Status, 1, 0)
+	time.Sleep(5 * time.Millisecond)
+	if got := r.Get(vt.Status, 1); got == 0 {
+		t.Error("the reset is over while the queue is at work")
+	}
+	close(r.dev.hold)
+	r.eventually("the end of the reset", func() bool { return r.Get(vt.Status, 1) == 0 })
+}

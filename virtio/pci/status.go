@@ -54,11 +54,51 @@ func (t *Transport) startLocked() {
 		// A ring was refused before the driver could be told (P22).
 		t.notifyConfig()
 	}
+	if t.held = !t.cfg.busMaster(); !t.held {
+		t.startQueuesLocked()
+	}
+}
+
+// startQueuesLocked hands the device every queue that is enabled.
+func (t *Transport) startQueuesLocked() {
 	for i := range t.queues {
-		if t.queues[i].q != nil {
+		if s := &t.queues[i]; s.q != nil && !s.resetting {
 			t.startQueueLocked(i)
 		}
 	}
+}
+
+// syncMasterLocked lets the device work its queues, and vectors fire, iff the
+// guest allows the function to access memory by its Bus Master bit (P26). Queues
+// that are at work are taken back in a goroutine, for here a vCPU waits.
+func (t *Transport) syncMasterLocked() {
+	master := t.cfg.busMaster()
+	t.complain("MSI-X", t.msix.setMaster(master))
+	switch {
+	case !t.started || t.resetting || t.holding || t.held == !master:
+	case master:
+		t.held = false
+		t.startQueuesLocked()
+	default:
+		t.held, t.holding = true, true
+		t.queueStops.Go(func() {
+			for i := range t.queues {
+				t.stopQueue(i)
+			}
+			t.mu.Lock()
+			defer t.mu.Unlock()
+			t.holding = false
+			t.syncMasterLocked() // the guest may have changed its mind
+		})
+	}
+}
+
+// stopQueue takes queue i back from the device. mu is not held.
+func (t *Transport) stopQueue(i int) {
+	s := &t.queues[i]
+	s.stopMu.Lock()
+	defer s.stopMu.Unlock()
+	t.dev.StopQueue(i)
 }
 
 // beginResetLocked resets the device. While it may still be at work the status
@@ -75,7 +115,7 @@ func (t *Transport) beginResetLocked() {
 	}
 	t.resetting = true
 	go func() {
-		t.queueResets.Wait()
+		t.queueStops.Wait()
 		t.dev.Stop()
 		t.mu.Lock()
 		defer t.mu.Unlock()
@@ -104,9 +144,9 @@ func (t *Transport) quiesceLocked() {
 // mask has held back must not come after the reset (P23).
 func (t *Transport) clearLocked() {
 	t.driverOK.Store(false)
-	t.started = false
+	t.started, t.held = false, false
 	t.needsReset.Store(false)
-	t.isr.Store(0)
+	t.intx.take()
 	t.configVector.Store(noVector)
 	t.msix.clearPending()
 	t.regs = registers{generation: t.regs.generation}
@@ -152,8 +192,8 @@ func (t *Transport) resetQueueLocked(i int) {
 		return
 	}
 	s.resetting = true
-	t.queueResets.Go(func() {
-		t.dev.StopQueue(i)
+	t.queueStops.Go(func() {
+		t.stopQueue(i)
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		t.forgetInterruptLocked(s)

@@ -72,17 +72,21 @@ type Options struct {
 	// Logger receives what goes wrong, at most a line in a few seconds where
 	// a guest can be the cause. Nil means none.
 	Logger *slog.Logger
+	// Line is what the pin INTA is wired to, for drivers without MSI-X. Nil
+	// means that there is no such pin; they then have to poll.
+	Line Line
 }
 
 // Transport presents a virtio.Device as a PCI function: the modern, not the
-// transitional, transport of virtio 4.1, with MSI-X and without INTx.
+// transitional, transport of virtio 4.1, with MSI-X and the pin INTA.
 //
 // All methods are safe for concurrent use. One lock, mu, guards every register
 // and is held while Host and Device methods run. The exceptions are StopQueue
 // and Stop of a device that has been started: they wait for the goroutines that
 // work the queues, and run without mu in a goroutine that takes it afterwards to
 // finish the reset. The goroutines that work the queues raise interrupts and
-// report damage through atomics and never take mu, and neither does a kick.
+// report damage through atomics and a lock of their own, and never take mu; a
+// kick takes none.
 type Transport struct {
 	host Host
 	mem  *guest.Memory
@@ -96,7 +100,7 @@ type Transport struct {
 	limit   virtio.LogLimit
 
 	msix         *msix
-	isr          atomic.Uint32
+	intx         intx
 	configVector atomic.Uint32
 	needsReset   atomic.Bool // DEVICE_NEEDS_RESET, which is ours alone to set (P20)
 	driverOK     atomic.Bool // the driver may be notified
@@ -108,15 +112,17 @@ type Transport struct {
 	queues []queueState // the slice itself is constant
 
 	started     bool // Start has succeeded since the last reset
+	held        bool // the device has no queues, although started: the function is no bus master
+	holding     bool // a goroutine takes the queues back because of held
 	configDirty bool // the device configuration has changed since it was read (P11)
 
 	resetting bool       // a reset waits for the device to be quiet
 	quiet     *sync.Cond // on mu: resetting has become false
 	quiescing int        // calls of quiesceLocked; while there are any, register writes have no effect
 	closed    bool
-	// queueResets counts the goroutines that wait for one queue to be quiet.
-	// It grows only while resetting is false.
-	queueResets sync.WaitGroup
+	// queueStops counts the goroutines that wait for queues to be quiet. It grows
+	// only while resetting is false.
+	queueStops sync.WaitGroup
 }
 
 // registers are those of the common configuration that no queue has.
@@ -132,6 +138,7 @@ type registers struct {
 type queueState struct {
 	bell   *virtio.Doorbell
 	vector atomic.Uint32 // written under mu, read by whoever works the queue
+	stopMu sync.Mutex    // held across StopQueue of a device that has been started, but never with mu
 
 	size                 uint16
 	desc, driver, device uint64
@@ -166,6 +173,7 @@ func New(host Host, mem *guest.Memory, dev virtio.Device, opts Options) (*Transp
 		offered: dev.Features() | ringFeatures,
 		maxSize: maxSize,
 		queues:  make([]queueState, n),
+		intx:    intx{line: opts.Line},
 	}
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
@@ -197,6 +205,9 @@ func (t *Transport) initConfig() {
 		class:        classOf(id),
 	}, BARSize)
 
+	if t.intx.line != nil {
+		t.cfg.bytes[cfgIntPin] = pinINTA
+	}
 	le := binary.LittleEndian
 	var body [10]byte
 	le.PutUint16(body[0:], uint16(len(t.msix.vectors)-1))
@@ -290,6 +301,7 @@ func (t *Transport) Reset() {
 	clear(t.cfg.bytes[t.pciCap+capOffset : t.pciCap+capPCIData+capPCIWindow])
 	t.cfg.bytes[t.pciCap+capBAR] = 0
 	t.msix.reset()
+	t.syncPinLocked()
 	t.syncDecodeLocked()
 }
 
@@ -332,7 +344,17 @@ func (t *Transport) ReadConfig(off uint16, p []byte) {
 		}
 		copy(t.cfg.bytes[off:], data[:])
 	}
+	status := t.cfg.uint16(cfgStatus) &^ statusInterrupt
+	if t.intx.pending() && !t.msix.enabled.Load() {
+		status |= statusInterrupt
+	}
+	binary.LittleEndian.PutUint16(t.cfg.bytes[cfgStatus:], status)
 	t.cfg.read(int(off), p)
+}
+
+// syncPinLocked lets the pin INTA be asserted iff nothing forbids it.
+func (t *Transport) syncPinLocked() {
+	t.intx.block(t.msix.enabled.Load() || t.cfg.uint16(cfgCommand)&commandINTxDisable != 0)
 }
 
 // WriteConfig implements Function.
@@ -347,8 +369,11 @@ func (t *Transport) WriteConfig(off uint16, p []byte) {
 	switch {
 	case lo < cfgBAR0+8 && hi > cfgCommand:
 		t.syncDecodeLocked()
+		t.syncMasterLocked()
+		t.syncPinLocked()
 	case lo < t.msixCap+msixCtrl+2 && hi > t.msixCap+msixCtrl:
 		t.complain("MSI-X", t.msix.setControl(t.cfg.uint16(t.msixCap+msixCtrl)))
+		t.syncPinLocked()
 	case lo == t.pciCap+capPCIData: // P12: with the width that the window is set to
 		if bar, n, ok := t.windowLocked(); ok && n == len(p) {
 			t.writeBARLocked(bar, t.cfg.bytes[off:int(off)+n])
@@ -448,7 +473,7 @@ type queueEvents Transport
 // UsedBuffers implements virtio.QueueEvents.
 func (e *queueEvents) UsedBuffers(i int) {
 	if !e.msix.enabled.Load() {
-		e.isr.Or(isrQueue) // P10
+		e.intx.raise(isrQueue) // P10
 		return
 	}
 	e.msix.trigger(uint16(e.queues[i].vector.Load()))
@@ -472,7 +497,7 @@ func (t *Transport) notifyConfig() {
 	if !t.driverOK.Load() {
 		return
 	}
-	t.isr.Or(isrConfig) // P10: before the notification
+	t.intx.raise(isrConfig) // P10: before the notification
 	if t.msix.enabled.Load() {
 		t.msix.trigger(uint16(t.configVector.Load()))
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -149,6 +150,23 @@ type rig struct {
 	m   *vt.Machine
 	dev *echo
 	f   *pci.Transport
+	pin *pin
+}
+
+// pin is the line of a function's INTA.
+type pin struct {
+	t        *testing.T
+	asserted atomic.Bool
+	count    atomic.Int64 // of assertions
+}
+
+func (p *pin) Set(asserted bool) {
+	if p.asserted.Swap(asserted) == asserted {
+		p.t.Errorf("INTA is set to %v twice", asserted)
+	}
+	if asserted {
+		p.count.Add(1)
+	}
 }
 
 func newRig(t *testing.T, dev *echo) *rig {
@@ -158,13 +176,17 @@ func newRig(t *testing.T, dev *echo) *rig {
 
 func newRigOn(t *testing.T, m *vt.Machine, dev *echo) *rig {
 	t.Helper()
-	f, err := pci.New(m, m.Memory, dev, pci.Options{})
+	inta := &pin{t: t}
+	f, err := pci.New(m, m.Memory, dev, pci.Options{Line: inta})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		if err := f.Close(); err != nil {
 			t.Error(err)
+		}
+		if inta.asserted.Load() {
+			t.Error("INTA is asserted after Close")
 		}
 		if n := m.Doorbells() + m.Ranges() + m.OpenInterrupts(); n != 0 {
 			t.Errorf("%d resources of the machine are left after Close", n)
@@ -174,7 +196,7 @@ func newRigOn(t *testing.T, m *vt.Machine, dev *echo) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &rig{d, t, m, dev, f}
+	return &rig{d, t, m, dev, f, inta}
 }
 
 func (r *rig) start(mask uint64) {
@@ -243,7 +265,7 @@ func TestIdentity(t *testing.T) {
 		{"header type", 0xe, 1, 0},
 		{"subsystem vendor", 0x2c, 2, 0x1af4},
 		{"subsystem is not transitional", 0x2e, 2, 0x42},
-		{"no interrupt pin", 0x3d, 1, 0},
+		{"interrupt pin INTA", 0x3d, 1, 1},
 		{"no ROM", 0x30, 4, 0},
 		{"no extended capability", 0x100, 4, 0},
 		{"end of configuration space", 0xffc, 4, 0},
@@ -521,7 +543,7 @@ func TestReset(t *testing.T) {
 		if got := r.Config(0x10, 4); got != uint64(bar)|4 {
 			t.Errorf("BAR reads %#x", got)
 		}
-		r.SetConfig(4, 2, 2)
+		r.SetConfig(4, 2, 6)
 		r.start(all)
 		r.submit(r.Rings[0], 1)
 		r.collect(r.Rings[0], 1)
@@ -781,7 +803,7 @@ func TestDoorbells(t *testing.T) {
 		}
 		const moved = bar + 0x10_0000
 		r.SetConfig(0x10, 4, uint64(moved))
-		r.SetConfig(4, 2, 2)
+		r.SetConfig(4, 2, 6)
 		if r.m.Doorbells() != 2 || r.m.Ranges() != 1 {
 			t.Fatal("the function does not decode at its new place")
 		}
@@ -1136,7 +1158,7 @@ func TestBAR(t *testing.T) {
 		}
 		r.SetConfig(0x10, 4, lo)
 		r.SetConfig(0x14, 4, hi)
-		r.SetConfig(4, 2, 2)
+		r.SetConfig(4, 2, 6)
 		r.want("num_queues", vt.NumQueues, 2, 1)
 	})
 	t.Run("P13 sizing while it is decoded", func(t *testing.T) {
@@ -1279,7 +1301,7 @@ func TestHostileRegisters(t *testing.T) {
 				}
 				r.SetConfig(0x10, 8-4, uint64(bar))
 				r.SetConfig(0x14, 4, 0)
-				r.SetConfig(4, 2, 2)
+				r.SetConfig(4, 2, 6)
 			}
 			r.start(all)
 			for _, ring := range r.Rings {
@@ -1349,7 +1371,7 @@ func TestClose(t *testing.T) {
 		r.f.WriteMMIO(off, p[:1])
 		r.f.ReadMMIO(off, p[:1])
 	}
-	r.SetConfig(4, 2, 2)
+	r.SetConfig(4, 2, 6)
 	r.update(0)
 	if err := r.f.Close(); err != nil {
 		t.Error(err)
@@ -1420,7 +1442,7 @@ func FuzzTransport(f *testing.F) {
 				}
 				r.SetConfig(0x10, 4, uint64(bar))
 				r.SetConfig(0x14, 4, 0)
-				r.SetConfig(4, 2, 2)
+				r.SetConfig(4, 2, 6)
 				r.start(all)
 			}
 		}
