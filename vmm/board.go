@@ -143,7 +143,11 @@ func (b *board) createDevices() error {
 	b.onClose(com1.close)
 	b.serial = &serial{in: &b.m.in, out: b.m.out, interrupt: com1.trigger, opened: b.markBooted}
 	b.pm = &powerManager{vm: b.vm, end: b.end}
-	b.pci = newPCIBus()
+	b.pci = newPCIBus(func(gsi, level uint32) {
+		if err := b.vm.IRQLine(gsi, level); err != nil {
+			b.fail(err)
+		}
+	})
 	reset := &resetControl{mem: b.mem, end: b.end}
 	// The reset register lies within the address register of the PCI bus: the
 	// range added first answers.
@@ -196,7 +200,7 @@ func (b *board) createDisk(d Disk) (err error) {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	fn, err := pci.New(pciHost{b}, b.mem, bootMarker{dev, b.markBooted}, pci.Options{Logger: b.m.log})
+	fn, err := pci.New(pciHost{b}, b.mem, bootMarker{dev, b.markBooted}, pci.Options{Logger: b.m.log, Line: b.pci.line()})
 	if err != nil {
 		return err
 	}
@@ -230,6 +234,10 @@ func (d bootMarker) Start() error {
 
 // load puts the ACPI tables and the kernel into memory.
 func (b *board) load() error {
+	var inta [slots]uint32
+	for slot := range inta {
+		inta[slot] = slotGSI(slot)
+	}
 	tables := acpi.Build(uint64(boot.ACPITables), acpi.Config{
 		CPUs:          b.m.cfg.CPUs,
 		LocalAPIC:     uint32(lapicAddr),
@@ -237,6 +245,7 @@ func (b *board) load() error {
 		ECAM:          uint32(ecamBase),
 		PCIWindow:     uint32(pciWindow),
 		PCIWindowSize: pciWinSize,
+		INTA:          inta[:],
 		SCI:           gsiSCI,
 		PM1Event:      portPM1Event,
 		PM1Control:    portPM1Control,

@@ -74,6 +74,7 @@ const (
 	vector   = 0x41 // of queue 0; the next queue has the next one
 
 	common = 0x0000
+	isr    = 0x2000
 	device = 0x4000
 	notify = 0x6000
 	msixAt = 0x8000
@@ -120,7 +121,6 @@ func (d driver) findCapabilities() (msix uint32) {
 func (d driver) start(msix uint32, nq uint32) {
 	d.Write16(d.config(4), 0x0406) // memory decoding, bus master, no INTx
 	d.Write16(d.config(msix+2), 0x8000)
-	d.Write32(lapic+0xF0, 0x1FF) // local APIC on
 	for q := range nq {
 		entry := d.bar + msixAt + 16*(q+1)
 		d.Write32(entry, lapic)
@@ -128,6 +128,12 @@ func (d driver) start(msix uint32, nq uint32) {
 		d.Write32(entry+8, vector+q)
 		d.Write32(entry+12, 0)
 	}
+	d.startQueues(nq)
+}
+
+// startQueues is start after the interrupts have been set up.
+func (d driver) startQueues(nq uint32) {
+	d.Write32(lapic+0xF0, 0x1FF) // local APIC on
 	c := d.bar + common
 	d.Write8(c+0x14, 0)
 	d.Poll8(c+0x14, 0)
@@ -150,7 +156,7 @@ func (d driver) start(msix uint32, nq uint32) {
 		desc, avail, used := d.ring(q)
 		d.Write16(c+0x16, uint16(q))
 		d.Write16(c+0x18, 8)
-		d.Write16(c+0x1A, uint16(q+1))
+		d.Write16(c+0x1A, uint16(q+1)) // its MSI-X vector, if that is on
 		d.Read16(c + 0x1A)
 		d.Expect(q + 1)
 		d.Write64(c+0x20, uint64(desc))
@@ -287,6 +293,47 @@ func TestBlockDeviceRelocated(t *testing.T) {
 	}
 	if got := disk.b[1024:1028]; string(got) != "calf" {
 		t.Errorf("sector 2 holds %q, want %q", got, "calf")
+	}
+}
+
+// TestINTx drives devices without MSI-X: the pin of each reaches the I/O APIC at
+// the input that the ACPI tables name, until the guest has read why.
+func TestINTx(t *testing.T) {
+	const disks = 9 // the first and the last share a line
+	for _, slot := range []uint32{1, 2, 9} {
+		var p guesttest.Program
+		d := driver{Program: &p, slot: slot, bar: 0xC000_0000 + (slot-1)*0x1_0000}
+		d.findCapabilities()
+		d.Read8(d.config(0x3D))
+		d.Expect(1) // INTA
+		d.Write16(d.config(4), 0x0006)
+		entry := 0x10 + 2*(16+slot%8)
+		d.Write32(0xFEC0_0000, entry+1)
+		d.Write32(0xFEC0_0010, 0) // to the first processor
+		d.Write32(0xFEC0_0000, entry)
+		d.Write32(0xFEC0_0010, 0xA000|vector) // level-triggered, active low
+		d.startQueues(1)
+		d.Read32(lapicIRR + vector/32*16)
+		d.Expect(0)
+		d.request(0, 0, 8, 0, 20, true, 21) // which waits for the interrupt
+		d.Read16(d.config(6))
+		d.Expect(0x18) // Interrupt Status
+		d.Read8(d.bar + isr)
+		d.Expect(1)
+		d.Read16(d.config(6))
+		d.Expect(0x10)
+		d.Read8(d.bar + isr)
+		d.Expect(0)
+		p.Print("ok")
+		p.PowerOff()
+		cfg := make([]vmm.Disk, disks)
+		for i := range cfg {
+			cfg[i] = vmm.Disk{Name: "disk", Disk: &memDisk{b: make([]byte, 4096)}, Queues: 1}
+		}
+		outcome, console := run(t, &p, nil, cfg...)
+		if outcome != vmm.PowerOff || console != "ok" {
+			t.Errorf("slot %d: the guest ended with %v, console %q", slot, outcome, console)
+		}
 	}
 }
 

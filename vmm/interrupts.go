@@ -151,6 +151,30 @@ func (l *line) close() error {
 	return errors.Join(l.vm.DeassignIRQFD(l.gsi, l.fd), unix.Close(l.fd))
 }
 
+// sharedLine is a level-triggered interrupt line of several functions: it is high
+// while any of them asserts it. It is a pci.Line.
+type sharedLine struct {
+	set func(level uint32)
+
+	mu       sync.Mutex // held across set
+	asserted int        // functions that assert it
+}
+
+// Set implements pci.Line.
+func (l *sharedLine) Set(asserted bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if asserted {
+		if l.asserted++; l.asserted == 1 {
+			l.set(1)
+		}
+		return
+	}
+	if l.asserted--; l.asserted == 0 {
+		l.set(0)
+	}
+}
+
 var eventOne = []byte{1, 0, 0, 0, 0, 0, 0, 0}
 
 // signalEventFD adds one to the counter. It can fail only where 2^64-2 signals

@@ -38,6 +38,8 @@ const (
 const (
 	gsiCOM1  = 4
 	gsiSCI   = 9
+	gsiPCI   = 16 // of the first of pciLines lines
+	pciLines = 8
 	firstMSI = 24
 	maxGSI   = 4096
 )

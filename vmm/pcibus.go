@@ -14,6 +14,7 @@ import (
 // and addresses for the functions on it. Slot 0 is the host bridge.
 type pciBus struct {
 	functions [slots * functionsPerSlot]pci.Function
+	lines     [pciLines]sharedLine // pin INTA of slot n is wired to line n%pciLines
 	nextSlot  int
 	nextBAR   guest.GPA
 
@@ -27,11 +28,21 @@ const (
 	configEnable     = 1 << 31
 )
 
-func newPCIBus() *pciBus {
+// newPCIBus makes a bus whose lines raise interrupts by setLine.
+func newPCIBus(setLine func(gsi, level uint32)) *pciBus {
 	b := &pciBus{nextSlot: 1, nextBAR: pciWindow}
 	b.functions[0] = hostBridge{}
+	for i := range b.lines {
+		b.lines[i].set = func(level uint32) { setLine(uint32(gsiPCI+i), level) } //nolint:gosec // G115: below 24
+	}
 	return b
 }
+
+// slotGSI is the interrupt of pin INTA of a slot.
+func slotGSI(slot int) uint32 { return uint32(gsiPCI + slot%pciLines) } //nolint:gosec // G115: below 24
+
+// line is what pin INTA of the function plugged next is wired to.
+func (b *pciBus) line() *sharedLine { return &b.lines[b.nextSlot%pciLines] }
 
 // plug puts fn into the next free slot.
 func (b *pciBus) plug(fn pci.Function) error {

@@ -17,6 +17,7 @@ func testConfig(cpus int) Config {
 		ECAM: 0xE000_0000, PCIWindow: 0xC000_0000, PCIWindowSize: 0x2000_0000,
 		SCI: 9, PM1Event: 0x600, PM1Control: 0x604, SleepTypeS5: 5,
 		ResetPort: 0xCF9, ResetValue: 6, Serial: 0x3F8, SerialIRQ: 4, PVPanic: 0x505,
+		INTA: []uint32{16, 17, 18},
 	}
 }
 

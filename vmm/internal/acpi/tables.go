@@ -18,6 +18,9 @@ type Config struct {
 	ECAM uint32
 	// PCIWindow is where base address registers may lie.
 	PCIWindow, PCIWindowSize uint32
+	// INTA is the interrupt that pin INTA of each slot of bus 0 is wired to,
+	// level-triggered and active low as PCI's are.
+	INTA []uint32
 
 	SCI         uint8  // interrupt of the fixed events, level-triggered and active high
 	PM1Event    uint16 // status and enable registers, 2 bytes each
@@ -211,6 +214,17 @@ func mcfg(cfg Config) []byte {
 	return append(b, make([]byte, 8)...) // segment 0, buses 0 to 0
 }
 
+// routes is the routing table of the pins INTA of bus 0, by slot (6.2.13): for
+// each all functions of the slot, the pin, no link device, and the interrupt.
+func routes(inta []uint32) term {
+	var table []term
+	for slot, gsi := range inta {
+		table = append(table, packageOf(
+			integer(uint64(slot)<<16|0xFFFF), integer(0), integer(0), integer(uint64(gsi))))
+	}
+	return packageOf(table...)
+}
+
 // dsdt describes what cannot be found by looking.
 func dsdt(cfg Config) []byte {
 	const ecamSize = 1 << 20
@@ -222,6 +236,7 @@ func dsdt(cfg Config) []byte {
 				name("_UID", integer(0)),
 				name("_SEG", integer(0)),
 				name("_BBN", integer(0)),
+				name("_PRT", routes(cfg.INTA)),
 				name("_CRS", resources(
 					busNumbers(0, 0),
 					ioPorts(0xCF8, 8),
