@@ -13,7 +13,11 @@ type pool struct {
 	fresh    []extent // in file order, so that what is written together lies together
 }
 
-func (p *pool) empty() bool { return len(p.recycled) == 0 && len(p.fresh) == 0 }
+// has reports whether there are n contiguous clusters.
+func (p *pool) has(n uint64) bool {
+	long := func(e extent) bool { return e.n >= n }
+	return slices.ContainsFunc(p.recycled, long) || slices.ContainsFunc(p.fresh, long)
+}
 
 // take removes up to n contiguous clusters. The result is empty if the pool is.
 func (p *pool) take(n uint64) extent {
@@ -31,6 +35,34 @@ func (p *pool) take(n uint64) extent {
 		*list = (*list)[1:]
 	}
 	return got
+}
+
+// takeRun removes n contiguous clusters. The result is empty if there are none.
+func (p *pool) takeRun(n uint64) extent {
+	for _, list := range []*[]extent{&p.recycled, &p.fresh} {
+		i := slices.IndexFunc(*list, func(e extent) bool { return e.n >= n })
+		if i < 0 {
+			continue
+		}
+		e := &(*list)[i]
+		got := extent{start: e.start, n: n, virgin: e.virgin}
+		if e.start, e.n = e.start+n, e.n-n; e.n == 0 {
+			*list = slices.Delete(*list, i, i+1)
+		}
+		return got
+	}
+	return extent{}
+}
+
+// cut removes the clusters from end on.
+func (p *pool) cut(end uint64) {
+	for _, list := range []*[]extent{&p.recycled, &p.fresh} {
+		for i := range *list {
+			e := &(*list)[i]
+			e.n = min(e.n, max(end, e.start)-e.start)
+		}
+		*list = slices.DeleteFunc(*list, func(e extent) bool { return e.n == 0 })
+	}
 }
 
 // put adds clusters that the search for free ones has found.

@@ -9,6 +9,8 @@
 // offset and length, Flush, Close. Map tells what its ranges are and where, Stats
 // what it has done.
 //
+// Resize makes the disk longer or shorter while requests go on.
+//
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but
 // the image. Repair mends what Check finds: leaks only, or all that can be mended.
@@ -33,13 +35,15 @@
 //
 // In the order in which they are taken:
 //
-//  1. commits.running: held by the one goroutine that commits, across its I/O
+//  1. Image.resizing, held by a Resize from beginning to end; then Image.turns,
+//     held by Close and by whoever runs something exclusively.
+//  2. commits.running: held by the one goroutine that commits, across its I/O
 //     and barriers. Flushes wait for it, and writers when too much is dirty.
-//  2. refcounts.mu: held by the commit while it applies counts, and by the
+//  3. refcounts.mu: held by the commit while it applies counts, and by the
 //     search for free clusters, across their reads and writes.
-//  3. Image.syncMu: held across each fdatasync, so that every caller after a
+//  4. Image.syncMu: held across each fdatasync, so that every caller after a
 //     failed one learns of it.
-//  4. Image.mu, the metadata lock: never held across I/O, on either side. The
+//  5. Image.mu, the metadata lock: never held across I/O, on either side. The
 //     shared side is for lookups; the exclusive one for changes to memory, and
 //     short.
 //

@@ -13,6 +13,7 @@ const (
 	roomKept     room = iota // a write to the range needs no new ones
 	roomGiven                // the host gets their space back
 	roomOptional             // and nothing is written to make zeros
+	roomDropped              // the range is not part of the disk any more
 )
 
 // WriteZeroes makes the n bytes at off read as zero. Clusters that the image
@@ -38,6 +39,11 @@ func (m *Image) erase(off, n int64, how room) error {
 	if err := m.checkWrite(off, n); err != nil {
 		return err
 	}
+	return m.eraseAll(off, n, how)
+}
+
+// eraseAll is erase of a range within reach.
+func (m *Image) eraseAll(off, n int64, how room) error {
 	r := newRequest(nil)
 	defer r.release()
 	for n > 0 {
@@ -60,7 +66,7 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 		return min(n, empty), nil
 	}
 	part := min(n, m.clusterSize-m.inCluster(off))
-	size := m.Size()
+	size := m.reach.Load()
 	whole := part == m.clusterSize || m.inCluster(off) == 0 && off+part == size
 	if !whole || m.version == 2 && (how == roomKept || m.showsBacking(off)) {
 		if how == roomOptional {
@@ -73,8 +79,8 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
-	if m.Size() != size {
-		return 0, m.checkRange(off, n) // look again
+	if m.reach.Load() != size {
+		return 0, m.checkReach(off, n) // look again
 	}
 	if err := m.limitDirty(); err != nil {
 		return 0, err
@@ -112,7 +118,15 @@ func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
 	if s.kind == kindZero || s.kind == kindUnallocated && !m.showsBacking(off) {
 		return s.length, nil
 	}
-	return s.length, m.WritevAt(zeroBuffers(s.length), off)
+	return s.length, m.writeZeros(off, s.length)
+}
+
+// writeZeros writes zeros to [off, off+n), a part of one cluster within reach.
+func (m *Image) writeZeros(off, n int64) error {
+	r := newRequest(zeroBuffers(n))
+	err := m.writeAll(r, off, n)
+	r.release()
+	return err
 }
 
 // eraseClusters makes guest clusters from c on zero, all below limit, for a
@@ -199,6 +213,8 @@ func (m *Image) eraseEntries(s *slice, c, limit uint64, how room) (uint64, []ext
 // is: that spares the search for another one, and all ordering.
 func (m *Image) erased(old uint64, e entry, off int64, how room) uint64 {
 	switch {
+	case how == roomDropped:
+		return 0
 	case m.version == 2:
 		return 0 // no backing file shows here
 	case e.copied:

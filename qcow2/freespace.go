@@ -16,16 +16,20 @@ const (
 // cover at least, where the table has room for them.
 const newBlocksBytes = 8 << 20
 
-// refill finds free clusters and gives them to the pool, making refcount blocks
-// and a larger table where the image has to grow. Image.mu is not held.
-func (m *Image) refill() error {
+// refill makes sure that the pool is not empty.
+func (m *Image) refill() error { return m.findFree(1) }
+
+// findFree makes sure that the pool had n contiguous clusters, or finds some more
+// free ones for it, making refcount blocks and a larger table where the image has
+// to grow. Image.mu is not held.
+func (m *Image) findFree(n uint64) error {
 	r := m.refs
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	m.mu.RLock()
-	empty := m.pool.empty()
+	enough := m.pool.has(n)
 	m.mu.RUnlock()
-	if !empty {
+	if enough {
 		return nil // another caller was faster
 	}
 	found, err := r.search()
@@ -64,7 +68,7 @@ func (r *refcounts) search() ([]extent, error) {
 		case block < uint64(len(r.table)):
 			err = r.newBlocks(block)
 		default:
-			err = r.growTable()
+			_, err = r.growTable(0)
 		}
 		if err != nil {
 			return found, err
@@ -156,20 +160,22 @@ func (r *refcounts) writeNewBlocks(start, blocks, used uint64, table []byte) err
 	return r.img.datasync()
 }
 
-// growTable replaces the table by a longer one. The new table lies just beyond
-// all that the old one counts, behind the blocks that count it. mu is held.
-func (r *refcounts) growTable() error {
+// growTable replaces the table by a longer one, which has room for more, and
+// takes run clusters, which it returns. The new table lies just beyond all that
+// the old one counts, behind the blocks that count it and before those clusters.
+// mu is held.
+func (r *refcounts) growTable(run uint64) (extent, error) {
 	cs := uint64(r.img.clusterSize) //nolint:gosec // G115: positive
 	start := r.covered()
-	entries := uint64(len(r.table)) + uint64(len(r.table))/2 + cs/8
+	entries := uint64(len(r.table)) + uint64(len(r.table))/2 + cs/8 + run>>r.img.refBlockBits
 	clusters := min((entries*8+cs-1)/cs, maxRefTable/cs)
 	perBlock := uint64(1) << r.img.refBlockBits
 	blocks := uint64(1)
-	for blocks*perBlock < blocks+clusters {
+	for blocks*perBlock < blocks+clusters+run {
 		blocks++
 	}
 	if uint64(len(r.table))+blocks > clusters*cs/8 {
-		return &Error{Kind: ErrUnsupported, What: "the file has reached the greatest size that its cluster size allows"}
+		return extent{}, &Error{Kind: ErrUnsupported, What: "the file has reached the greatest size that its cluster size allows"}
 	}
 	table := make([]uint64, clusters*cs/8)
 	copy(table, r.table)
@@ -177,14 +183,15 @@ func (r *refcounts) growTable() error {
 		table[uint64(len(r.table))+i] = r.img.pointer(start + i)
 	}
 	area := extent{start: start, n: blocks + clusters}
+	taken := extent{start: start + area.n, n: run, virgin: true}
 	if err := r.claim(area, metaRefBlock); err != nil {
-		return err
+		return extent{}, err
 	}
-	if err := r.writeNewBlocks(start, blocks, area.n, encodeEntries(nil, table)); err != nil {
+	if err := r.writeNewBlocks(start, blocks, area.n+run, encodeEntries(nil, table)); err != nil {
 		r.disclaim(area)
-		return err
+		return extent{}, err
 	}
-	return r.switchTable(table, r.img.offset(start+blocks))
+	return taken, r.switchTable(table, r.img.offset(start+blocks))
 }
 
 // switchTable makes the header point to the new table, which is durable, and

@@ -19,6 +19,9 @@ type Image struct {
 	data     file // where guest data is: file
 	readOnly bool
 	size     atomic.Int64 // of the disk, in bytes; changed by exclusively only
+	// reach is how far the engine itself may read and write: to size, and
+	// beyond while a Resize prepares what it adds. Only Resize changes it.
+	reach    atomic.Int64
 	backing  backing
 	zlib     bool   // compression type
 	features uint64 // incompatible ones, as in the file at open
@@ -38,8 +41,13 @@ type Image struct {
 	// holes into the file.
 	unpunchable atomic.Bool
 
+	// resizing lets only one goroutine resize the disk. It is taken before all
+	// other locks.
+	resizing sync.Mutex
+
 	// turns lets only one goroutine close the image or run something
-	// exclusively. It is taken before all other locks.
+	// exclusively. It is taken before all other locks
+	// but resizing.
 	turns sync.Mutex
 
 	// syncMu makes calls of fdatasync take turns. It is held across them, and
@@ -164,8 +172,14 @@ func length(iov [][]byte) int64 {
 }
 
 // checkRange returns an error unless [off, off+n) lies inside the disk.
-func (m *Image) checkRange(off, n int64) error {
-	if size := m.Size(); off < 0 || n < 0 || off > size || n > size-off {
+func (m *Image) checkRange(off, n int64) error { return m.checkInside(off, n, m.Size()) }
+
+// checkReach is checkRange for the pieces of a request, whose range was inside
+// the disk when it began, and for what Resize does beyond its end.
+func (m *Image) checkReach(off, n int64) error { return m.checkInside(off, n, m.reach.Load()) }
+
+func (m *Image) checkInside(off, n, size int64) error {
+	if off < 0 || n < 0 || off > size || n > size-off {
 		return &Error{
 			Path: m.path, Kind: ErrRange,
 			What: fmt.Sprintf("the range of %d bytes at %d is outside the disk of %d bytes", n, off, size),
@@ -353,12 +367,18 @@ func (m *Image) Close() error {
 // second lowers the counts of what they pointed to. A corrupt image is left as
 // it is, and the error says so, because writes since the last flush are lost.
 func (m *Image) finish() error {
-	err := m.commits.run(m.commit)
-	if err == nil && m.owesCounts() {
-		err = m.commits.run(m.commit)
-	}
+	err := m.commits.run(m.commitAll)
 	if err = inFile(m.path, err); errors.Is(err, ErrCorrupt) {
 		m.setCorruptBit()
+	}
+	return err
+}
+
+// commitAll commits until nothing is left to do. No request is under way.
+func (m *Image) commitAll() error {
+	err := m.commit()
+	if err == nil && m.owesCounts() {
+		err = m.commit()
 	}
 	return err
 }

@@ -50,7 +50,7 @@ func (m *Image) find(off, n int64, shard int) (span, error) {
 		return span{}, err
 	}
 	defer m.mu.RUnlock()
-	if err := m.checkRange(off, n); err != nil {
+	if err := m.checkReach(off, n); err != nil {
 		return span{}, err
 	}
 	var cur cursor
@@ -111,7 +111,7 @@ func (m *Image) findOwned(off, n int64, shard int) (span, error) {
 		return span{}, err
 	}
 	defer m.mu.RUnlock()
-	if err := m.checkRange(off, n); err != nil {
+	if err := m.checkReach(off, n); err != nil {
 		return span{}, err
 	}
 	var cur cursor

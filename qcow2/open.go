@@ -172,7 +172,7 @@ func (m *Image) mendDirty() (*header, int64, error) {
 // and the refcount table.
 func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	m.geometry = newGeometry(h)
-	m.size.Store(int64(h.size)) //nolint:gosec // G115: validated
+	m.setSize(int64(h.size)) //nolint:gosec // G115: validated
 	m.zlib = h.compression == compressionDeflate
 	m.features = h.incompatible
 	m.l1Offset = int64(h.l1Offset) //nolint:gosec // G115: validated

@@ -54,3 +54,42 @@ func (p Preallocation) prepare(f file, off, n int64) error {
 	}
 	return nil
 }
+
+// preallocate gives guest clusters at the beginning of [off, off+n), which read as
+// zero, their places, and returns how many bytes that was: zero if only something
+// in the way was removed. off is the beginning of a cluster.
+func (m *Image) preallocate(off, n int64, mode Preallocation) (int64, error) {
+	p, err := m.hold(0)
+	if err != nil {
+		return 0, err
+	}
+	defer p.leave()
+	if err := m.limitDirty(); err != nil {
+		return 0, err
+	}
+	a, err := m.reserve(off, n)
+	if err != nil || a == nil {
+		return 0, err
+	}
+	if err := m.prepareHost(a.host, mode); err != nil {
+		m.abandon(a)
+		return 0, err
+	}
+	m.publish(a)
+	return min(n, m.offset(a.end())-off), nil
+}
+
+// prepareHost makes new host clusters read as zero and takes the room for them
+// that mode says.
+func (m *Image) prepareHost(e extent, mode Preallocation) error {
+	off, n := m.offset(e.start), m.offset(e.n)
+	if !e.virgin {
+		return PreallocateFull.prepare(m.data, off, n)
+	}
+	if mode == PreallocateMetadata {
+		// The file has to be so long, and only what is written at its end
+		// makes it longer without a risk to what others write there.
+		return writeFull(m.data, zeros[:diskUnit], off+n-diskUnit)
+	}
+	return mode.prepare(m.data, off, n)
+}

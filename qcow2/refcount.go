@@ -178,6 +178,24 @@ func (r *refcounts) add(c uint64, delta int) (uint64, error) {
 	return v, nil
 }
 
+// end is the cluster after the last one that counts a reference, which lies below
+// limit. mu is held.
+func (r *refcounts) end(limit uint64) (uint64, error) {
+	mask := uint64(1)<<r.perSlice() - 1
+	for c := min(limit, r.covered()); c > 0; c = (c - 1) &^ mask {
+		s, err := r.slice(c - 1)
+		if err != nil {
+			return 0, err
+		}
+		for i := c; s != nil && i > (c-1)&^mask; i-- {
+			if count(s.b, r.img.refcountOrder, (i-1)&mask) != 0 {
+				return i, nil
+			}
+		}
+	}
+	return 0, nil
+}
+
 // raise adds one reference to each cluster of the extents. It returns those it
 // could not treat. mu is held.
 func (r *refcounts) raise(extents []extent) ([]extent, error) {

@@ -29,7 +29,7 @@ func TestSearchKeeps(t *testing.T) {
 		t.Fatalf("refill: %v", err)
 	}
 	f.fail = nil
-	if m.pool.empty() {
+	if !m.pool.has(1) {
 		t.Errorf("nothing is left of the clusters below %d", m.refs.cursor)
 	}
 }

@@ -28,6 +28,11 @@ func (m *Image) write(r *requestState, off, n int64) error {
 	if err := m.checkWrite(off, n); err != nil {
 		return err
 	}
+	return m.writeAll(r, off, n)
+}
+
+// writeAll is write to a range within reach.
+func (m *Image) writeAll(r *requestState, off, n int64) error {
 	for n > 0 {
 		if err := m.usable(); err != nil {
 			return err
@@ -76,7 +81,7 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
-	if err := m.checkRange(off, n); err != nil {
+	if err := m.checkReach(off, n); err != nil {
 		return 0, err // the disk shrank
 	}
 	if err := m.limitDirty(); err != nil {
