@@ -113,6 +113,7 @@ type checker struct {
 	mendable int64 // corruptions that one of its steps mends
 	flags    int64 // among them wrong COPIED flags
 	zeroes   int64 // among them zero clusters that are reserved where none can be
+	strays   int64 // among them clusters of tables that have other data, too
 	rebuild  bool  // whether the counts need a new structure
 	snaps    *snapshotPlan
 }
@@ -126,7 +127,7 @@ type tableUse struct {
 
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
 	x := &checker{
-		Image: &Image{path: path, file: f, data: f, readOnly: true, meta: metaSet{}},
+		Image: &Image{path: path, file: f, data: f, readOnly: true},
 		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes), words: 1,
 	}
 	var err error
@@ -288,24 +289,36 @@ func (x *checker) refer(off, n uint64, times uint32, what string) error {
 }
 
 // checkOwners checks that no two tables are one, as Open does before it lets
-// anyone write. It needs tables that are all where they can be, and a structure
-// of counts that stays.
+// anyone write, and that no table is anything else: Open lets nobody write there.
+// It needs tables that are all where they can be, and counts that are right.
 func (x *checker) checkOwners() error {
 	if x.broken() > 0 || x.rebuild || x.snaps != nil {
 		return nil
 	}
-	memory := tableCost * int64(len(x.l1)+len(x.refTable)) // more than there are
-	if err := x.used.spend(memory); err != nil {
+	const runCost = 32 // bytes of a run in the set, of which there are fewer than entries
+	if err := x.used.spend(runCost * int64(len(x.l1)+len(x.refTable)+len(x.tables))); err != nil {
 		return err
 	}
 	err := x.claimTables(x.h, x.fileSize)
 	if errors.Is(err, ErrCorrupt) {
 		x.foundError(0, err)
-		err = nil
+		return nil
 	}
-	x.meta = metaSet{}
-	x.used.left += memory
-	return err
+	if err != nil || x.result.Corruptions > 0 {
+		return err
+	}
+	for _, leaf := range x.meta.leaves {
+		for _, run := range leaf {
+			for c := run.start(); c < run.end(); c++ {
+				if x.used.at(c) != max(x.tables[c].refs, 1) {
+					x.strays++
+					x.mendable++
+					x.found(Corruption, x.pointer(c), "the cluster at %#x holds the %s, and something else points to it, too", x.pointer(c), run.kind())
+				}
+			}
+		}
+	}
+	return nil
 }
 
 // maxCount is the greatest count that the image can hold.

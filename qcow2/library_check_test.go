@@ -54,7 +54,7 @@ func sameVerdict(t testing.TB, path string) *CheckResult {
 	theirs, ok := qemuCheckJSON(t, path)
 	corruptions := r.Corruptions
 	for _, f := range r.Findings {
-		if strings.Contains(f.What, "is claimed by two") {
+		if strings.Contains(f.What, "is claimed by two") || strings.Contains(f.What, "something else points to it") {
 			corruptions-- // QEMU minds the counts of such a table only
 		}
 	}
@@ -159,7 +159,7 @@ func TestCheckCorrupt(t *testing.T) {
 		{"compressed data moved", l2 + 16*8, 8, 0x4000000000050010, ""},
 		{"compressed data far away", l2 + 16*8, 8, 0x403fff0000000000, "plain shared"},
 		{"compressed and COPIED", l2 + 16*8, 8, 0xc000000000050010, ""},
-		{"compressed data long", l2 + 17*8, 1, 0x7f, "plain"},
+		{"compressed data long", l2 + 17*8, 1, 0x7f, "plain shared"},
 		{"count of the header zero", 0x20000, 2, 0, ""},
 		{"count of the header two", 0x20000, 2, 2, ""},
 		{"count of live data zero", 0x20000 + 10, 2, 0, ""},

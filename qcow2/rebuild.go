@@ -153,6 +153,18 @@ func (x *checker) take(n, c uint64) (uint64, error) {
 	return start, nil
 }
 
+// takeCounted is take for clusters that a repair is going to use. If there is no
+// block for their counts, it needs a new structure.
+func (x *checker) takeCounted(n uint64) (uint64, error) {
+	first, err := x.take(n, x.firstFree())
+	for c := first; c < first+n && err == nil; c++ {
+		var s *refSlice
+		s, err = x.refs.slice(c)
+		x.rebuild = x.rebuild || s == nil
+	}
+	return first, err
+}
+
 // writeBlock writes the refcount block with index b to a cluster.
 func (x *checker) writeBlock(b, cluster uint64) error {
 	if err := x.ctx.Err(); err != nil {

@@ -23,7 +23,7 @@ const (
 )
 
 // repairPasses bounds how often a repair begins anew. Each pass but the last
-// does something, and no more than four kinds of it can follow each other.
+// does something, and no more than five kinds of it can follow each other.
 const repairPasses = 8
 
 // Repair checks the image at path, mends what the mode allows, and checks again,
@@ -118,10 +118,14 @@ func (x *checker) mend(mode RepairMode) (again bool, err error) {
 	return x.mendTables()
 }
 
-// mendTables mends the counts, and the snapshot table, whose new place they have
-// to count first.
+// mendTables mends the counts, and then what gets another place, which has to be
+// counted first: the snapshot table, and data in clusters of tables.
 func (x *checker) mendTables() (again bool, err error) {
 	if err := x.placeSnapshotTable(); err != nil {
+		return false, err
+	}
+	strays, err := x.placeStrays()
+	if err != nil {
 		return false, err
 	}
 	if x.rebuild {
@@ -132,10 +136,13 @@ func (x *checker) mendTables() (again bool, err error) {
 	} else if again, err = x.mendCounts(); err != nil {
 		return false, err
 	}
-	if x.snaps == nil {
-		return again, nil
+	if x.snaps != nil {
+		return true, x.writeSnapshotTable()
 	}
-	return true, x.writeSnapshotTable()
+	if len(strays) > 0 {
+		return true, x.writeStrays(strays)
+	}
+	return again, nil
 }
 
 // clearVoid clears the autoclear bits of data that a writer makes void, and makes

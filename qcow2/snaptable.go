@@ -128,19 +128,9 @@ func (x *checker) placeSnapshotTable() error {
 		return nil
 	}
 	n := (p.size + uint64(x.clusterSize) - 1) >> x.clusterBits //nolint:gosec // G115: positive
-	c, err := x.take(n, x.firstFree())
-	if err != nil {
-		return err
-	}
+	c, err := x.takeCounted(n)
 	p.at = x.pointer(c)
-	for ; n > 0; c, n = c+1, n-1 {
-		s, err := x.refs.slice(c)
-		if err != nil {
-			return err
-		}
-		x.rebuild = x.rebuild || s == nil
-	}
-	return nil
+	return err
 }
 
 // writeSnapshotTable writes the mended snapshot table, whose clusters are counted
