@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"go/ast"
@@ -39,9 +40,18 @@ var controls = map[string]control{
 	// All tables before the header that makes the file an image.
 	"plan.write 1": {work: creation},
 	// The header before Create returns.
-	"plan.write 2":          {work: creation},
-	"plan.writeData 1":      {why: "the length and the zeros of a new data file follow when it is lost"},
-	"Image.setCorruptBit 1": {why: "an image that lost its corrupt bit is found corrupt again"},
+	"plan.write 2":                 {work: creation},
+	"plan.writeData 1":             {why: "the length and the zeros of a new data file follow when it is lost"},
+	"checker.clearVoid 1":          {work: repairOf("shared")},
+	"checker.clearMarks 1":         {work: repairOf("shared")},
+	"checker.mendCounts 1":         {work: repairOf("leaks")},
+	"checker.mendFlags 1":          {work: repairOf("shared")},
+	"checker.mendZeroes 1":         {work: repairOf("zero")},
+	"checker.rebuildCounts 1":      {work: repairOf("lost")},
+	"checker.rebuildCounts 2":      {work: repairOf("table lost")},
+	"checker.writeSnapshotTable 1": {work: repairOf("snapshot")},
+	"checker.writeSnapshotTable 2": {work: repairOf("snapshot")},
+	"Image.setCorruptBit 1":        {why: "an image that lost its corrupt bit is found corrupt again"},
 }
 
 // TestCrashHarnessDetects removes each barrier in turn. The harness finds a
@@ -120,6 +130,97 @@ func creation(t *testing.T, r *rand.Rand, noBarrier func(string) bool) error {
 func TestCrashCreate(t *testing.T) {
 	if err := creation(t, newSeed(t), nil); err != nil {
 		t.Error(err)
+	}
+}
+
+// flaws break an image with data and a snapshot in clusters of 4 KiB.
+var flaws = map[string]func(b []byte){
+	// The count of the last cluster, which nobody uses.
+	"leaks": func(b []byte) { put(b, field(b, field(b, offRefTable))+int64(len(b)-1)>>12*2, 2, 1) },
+	// Clusters counted twice and used once, with flags that say so.
+	"shared": func(b []byte) {
+		for i := range int64(8) {
+			l2 := field(b, field(b, offL1Offset)&entryOffset)&entryOffset + 8*i
+			e := field(b, l2)
+			put(b, l2, 8, uint64(e)&^entryCopied)
+			put(b, field(b, field(b, offRefTable))+(e&entryOffset)>>12*2, 2, 2)
+		}
+	},
+	// A reserved cluster that is none.
+	"zero": func(b []byte) {
+		put(b, field(b, field(b, offL1Offset)&entryOffset)&entryOffset+8*12, 8, 0x5200|entryZero)
+	},
+	// A block of counts, and their table.
+	"table lost": func(b []byte) { put(b, offRefTable, 8, 1<<40) },
+	"lost":       func(b []byte) { put(b, field(b, offRefTable), 8, 0) },
+	// The length of a snapshot's disk.
+	"snapshot": func(b []byte) { put(b, field(b, offSnapshots+4)+36, 4, 8) },
+}
+
+// field reads the 8 bytes at off of an image.
+func field(b []byte, off int64) int64 { return int64(binary.BigEndian.Uint64(b[off:])) }
+
+// repairOf records the repair of an image with a flaw, which was not closed
+// cleanly and has data of an unknown feature.
+func repairOf(flaw string) func(*testing.T, *rand.Rand, func(string) bool) error {
+	return func(t *testing.T, r *rand.Rand, noBarrier func(string) bool) error {
+		w := workload{opts: CreateOptions{Size: 64 << 10, ClusterSize: 4096}, prepare: filled(40 << 10)}
+		if flaw == "snapshot" {
+			w.prepare = snapshotted(40 << 10)
+		}
+		run := newRun(t, w)
+		disk, err := run.verify(t, state{data: run.start})
+		must(t, err)
+		if flaw == "leaks" {
+			run.start = append(run.start, make([]byte, 4096)...)
+		}
+		flaws[flaw](run.start)
+		put(run.start, offIncompatible, 8, 1<<incompatDirty|1<<incompatCorrupt)
+		put(run.start, offAutoclear, 8, 1<<63)
+		run.f = &memFile{data: slices.Clone(run.start), rec: true, noBarrier: noBarrier}
+		before, after, err := repairIn(t.Context(), run.f, run.path, RepairAll, CheckOptions{})
+		if err != nil || before.Clean() || !after.Clean() {
+			t.Fatalf("%+v, repaired: %+v, %v", before, after, err)
+		}
+		end := run.f.mark("flush")
+		_, err = run.verify(t, state{data: run.start})
+		readable, found := err == nil, error(nil)
+		run.states(r, 500, func(s state) bool {
+			found = run.noWorse(t, s, before, disk)
+			if _, err := run.verify(t, s); found == nil && readable {
+				found = err
+			}
+			if marks := s.data[offIncompatible+7]; found == nil && s.cut > end && marks != 0 {
+				found = errors.New("the marks came back")
+			}
+			return found == nil
+		})
+		return found
+	}
+}
+
+// noWorse judges what is left of an interrupted repair.
+func (run *crashRun) noWorse(t *testing.T, s state, before *CheckResult, disk []byte) error {
+	x, err := newChecker(t.Context(), &memFile{data: s.data}, run.path, CheckOptions{})
+	must(t, err)
+	must(t, x.check())
+	switch check := &x.result; {
+	case check.Corruptions-x.flags > before.Corruptions: // a flag is valid either way
+		return fmt.Errorf("%s at %d: worse: %v", s.what, s.cut, check.Findings)
+	case s.data[offIncompatible+7] == 0 && !check.Clean():
+		return fmt.Errorf("%s at %d: not marked and not clean: %v", s.what, s.cut, check.Findings)
+	case s.data[offAutoclear] != 0 && !bytes.Equal(s.data[sector:], run.start[sector:]):
+		return fmt.Errorf("%s at %d: an unknown autoclear bit stands beside changes", s.what, s.cut)
+	}
+	return run.repaired(t, s.data, disk)
+}
+
+// TestCrashRepair cuts the power while images are repaired.
+func TestCrashRepair(t *testing.T) {
+	for flaw := range flaws {
+		if err := repairOf(flaw)(t, newSeed(t), nil); err != nil {
+			t.Errorf("%s: %v", flaw, err)
+		}
 	}
 }
 

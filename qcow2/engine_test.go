@@ -3,6 +3,7 @@ package qcow2
 import (
 	"bytes"
 	"encoding/binary"
+	"flag"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -10,10 +11,15 @@ import (
 	"testing"
 )
 
+var fixedSeed = flag.Uint64("seed", 0, "seed of every test; 0 is a new one each")
+
 // newSeed returns a random source whose seed is in the test's log.
 func newSeed(t testing.TB) *rand.Rand {
 	t.Helper()
-	seed := rand.Uint64()
+	seed := *fixedSeed
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
 	t.Logf("seed %d", seed)
 	return rand.New(rand.NewPCG(seed, 0))
 }

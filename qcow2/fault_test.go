@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // fault is the failure of a file operation, by its number in a workload.
@@ -172,4 +173,59 @@ func TestFailedSyncStays(t *testing.T) {
 	if len(run.f.log) != before {
 		t.Error("something was written after the failure")
 	}
+}
+
+// TestSyncAfterFailedSync has a second fdatasync wait for one that fails: it is
+// never begun, because the kernel would report that all is well.
+func TestSyncAfterFailedSync(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512}, nil)
+	m := run.open(t, run.f, false)
+	blocking := &blockingFile{file: m.file, stuck: make(chan struct{}), release: make(chan struct{})}
+	m.file = blocking
+	run.f.fail = func(op string) error {
+		if op == "sync" && run.f.syncs == 1 {
+			return syscall.EIO
+		}
+		return nil
+	}
+	done := make(chan error, 2)
+	go func() { done <- m.datasync() }()
+	<-blocking.stuck
+	go func() { done <- m.datasync() }()
+	time.Sleep(20 * time.Millisecond) // the second waits for its turn
+	close(blocking.release)
+	for range 2 {
+		if err := <-done; !errors.Is(err, ErrFlushFailed) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if run.f.syncs != 1 {
+		t.Errorf("%d syncs", run.f.syncs)
+	}
+}
+
+// TestCountsAfterFailedCommit fails the reading of the counts in a commit. The
+// next one raises them before it publishes the pointers.
+func TestCountsAfterFailedCommit(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 512}, nil)
+	m := run.open(t, run.f, false)
+	must(t, m.WritevAt([][]byte{stamps(0, 8, 1)}, 0))
+	m.refs.mu.Lock()
+	m.refs.slices.Purge() // nothing in it is dirty before the first commit
+	m.refs.mu.Unlock()
+	run.f.fail = func(op string) error {
+		if op == "read" {
+			return syscall.EIO
+		}
+		return nil
+	}
+	if err := m.Flush(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("flush: %v", err)
+	}
+	run.f.fail = nil
+	must(t, m.Flush())
+	if v := checkImage(run.f.data); len(v.corruptions) > 0 {
+		t.Error(v)
+	}
+	closeImage(t, m)
 }

@@ -184,7 +184,7 @@ func (o *oracles) witness(data, disk []byte) error {
 // contents.
 func (run *crashRun) repaired(t testing.TB, data, disk []byte) error {
 	f := &memFile{data: append([]byte(nil), data...)}
-	_, after, err := repairIn(t.Context(), f, run.path, RepairLeaks, CheckOptions{})
+	_, after, err := repairIn(t.Context(), f, run.path, RepairAll, CheckOptions{})
 	if err != nil || !after.Clean() {
 		return fmt.Errorf("the repair left %+v (%w)", after, err)
 	}

@@ -124,6 +124,39 @@ func TestWaitOnlyForOverlap(t *testing.T) {
 	closeImage(t, m)
 }
 
+// TestClaimsStayApart holds up a write to one cluster. A write that begins before
+// it does up to there, waits, and ends after it: neither loses what only one of
+// them wrote.
+func TestClaimsStayApart(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	must(t, m.WritevAt([][]byte{{1}}, 0)) // so that the L2 table exists
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, _, _ int64) bool { return write && first.CompareAndSwap(false, true) })
+	done := make(chan error, 2)
+	go func() { _, err := m.WriteAt([]byte("held"), 3*4096+100); done <- err }()
+	<-gate.held
+	long := bytes.Repeat([]byte("x"), 4*4096)
+	go func() { _, err := m.WriteAt(long, 4096); done <- err }()
+	select {
+	case err := <-done:
+		t.Errorf("a write across the one held up did not wait: %v", err)
+		done <- nil
+	case <-time.After(20 * time.Millisecond):
+	}
+	close(gate.open)
+	must(t, errors.Join(<-done, <-done))
+	got := make([]byte, len(long))
+	must(t, m.ReadvAt([][]byte{got}, 4096))
+	if !bytes.Equal(got, long) { // the one held up was done first
+		t.Error("a write was lost")
+	}
+	closeImage(t, m)
+	if v := checkImage(run.f.data); len(v.corruptions) > 0 || v.leaks > 0 {
+		t.Error(v)
+	}
+}
+
 // TestSingleFlight lets many readers miss the same slice: one reads it, and a
 // warm slice is read meanwhile.
 func TestSingleFlight(t *testing.T) {
