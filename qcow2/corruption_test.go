@@ -69,6 +69,8 @@ var corruptions = []corruption{
 	{name: "080 backing offset ff", patches: one(8, 8, 1<<64-1), opens: "backing file name"},
 	{name: "080 backing offset past the cluster", patches: one(8, 8, 0x10001), opens: "backing file name"},
 	{name: "080 backing size", patches: []brokenField{{8, 8, 0x1000}, {16, 4, 1<<32 - 1}}, opens: "too long"},
+	{name: "backing name in the header", patches: []brokenField{{8, 8, 50}, {16, 4, 4}}, opens: "backing file name"},
+	{name: "backing size without a place", patches: one(16, 4, 4)},
 	{name: "080 extension before the backing name", patches: []brokenField{{8, 8, 120}, {16, 4, 4}, {112, 4, 0x12345678}, {116, 4, 0x7fffffff}}, opens: "extension"},
 	{name: "080 extension length", patches: one(116, 4, 0x7fffffff), opens: "extension"},
 	{name: "cluster bits 8", patches: one(20, 4, 8), opens: "cluster size"},

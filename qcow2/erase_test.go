@@ -217,10 +217,10 @@ func TestDiscardGivesRoomBack(t *testing.T) {
 	}
 }
 
-// TestCloudHypervisor8624 holds up the punching of a hole while other queues
-// flush, write to the cluster, and look for new ones. There, the late hole
-// destroyed what had taken the cluster's place.
-func TestCloudHypervisor8624(t *testing.T) {
+// TestRegressionCH8624 holds up the punching of a hole while other queues flush,
+// write to the cluster, and look for new ones. There, the late hole destroyed what
+// had taken the cluster's place. Here a cluster is reused after its hole.
+func TestRegressionCH8624(t *testing.T) {
 	run := crashImage(t, CreateOptions{Size: 256 << 10, ClusterSize: 4096}, nil)
 	m := run.open(t, run.f, false)
 	model := make([]byte, m.Size())
@@ -308,9 +308,10 @@ func TestPunchBeforeReuse(t *testing.T) {
 	closeImage(t, m)
 }
 
-// TestCloudHypervisor8245 makes ranges of overlays zero: the backing file must
-// not show again, not after opening anew either. QEMU agrees.
-func TestCloudHypervisor8245(t *testing.T) {
+// TestRegressionCHUnmapShowsBacking (39e253ff9) makes ranges of overlays zero.
+// There, an entry that was emptied showed the backing file again. Here a zero flag
+// hides it, after opening anew too. QEMU agrees.
+func TestRegressionCHUnmapShowsBacking(t *testing.T) {
 	for how := range 3 {
 		for _, version := range []int{2, 3} {
 			r := newSeed(t)

@@ -159,6 +159,8 @@ func (h *header) validateFields() error {
 		return corruptf("the disk size of %d bytes is impossible", h.size)
 	case h.backingOffset > cs:
 		return corruptf("the backing file name lies at %#x, outside the first cluster", h.backingOffset)
+	case h.backingOffset != 0 && h.backingOffset < uint64(h.length):
+		return corruptf("the backing file name lies at %#x, inside the header", h.backingOffset)
 	case h.backingOffset != 0 && uint64(h.backingSize) > min(maxBackingName, cs-h.backingOffset):
 		return corruptf("the backing file name of %d bytes is too long", h.backingSize)
 	case (h.compression != compressionDeflate) != h.incompat(incompatCompression):
