@@ -37,6 +37,10 @@ var controls = map[string]control{
 	"refcounts.switchTable 1": {work: workloadOf("table grows")},
 	// The clearing of autoclear bits before the data that they speak of changes.
 	"Image.clearAutoclear 1": {work: workloadOf("autoclear")},
+	// The contents of a larger L1 table before the header points to it.
+	"Image.switchL1 1": {work: workloadOf("resized")},
+	// The disk's new length before Resize returns.
+	"Image.switchSize 1": {work: workloadOf("resized")},
 	// All tables before the header that makes the file an image.
 	"plan.write 1": {work: creation},
 	// The header before Create returns.

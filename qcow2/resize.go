@@ -248,13 +248,11 @@ func (m *Image) switchL1(l1 []uint64, host extent) error {
 	var field [12]byte
 	binary.BigEndian.PutUint32(field[:], uint32(len(l1))) //nolint:gosec // G115: at most 4 Mi
 	binary.BigEndian.PutUint64(field[4:], m.pointer(host.start))
-	err := writeFull(m.file, field[:], offL1Size)
-	if err == nil {
-		err = m.datasync()
-	}
-	if err != nil {
+	if err := writeFull(m.file, field[:], offL1Size); err != nil {
 		return m.fail(fmt.Errorf("switching to a larger L1 table: %w", err))
 	}
+	// No barrier: the first one of the next commit comes before any change to
+	// the new table, and before the old one is let go.
 	old := extent{start: m.cluster(m.l1Offset), n: m.clusters(uint64(len(m.l1)) * 8)}
 	m.lock()
 	m.meta.remove(old)

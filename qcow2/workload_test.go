@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -62,6 +63,7 @@ var steps = map[string]step{
 	"discard": {do: func(w *worker) error { return w.erase(eraseDiscard) }},
 	"flush":   {do: (*worker).flush},
 	"reopen":  {do: (*worker).reopen, alone: true},
+	"resize":  {do: (*worker).resize, alone: true},
 }
 
 // crashRun is an image, its file, and what its sectors may be.
@@ -232,9 +234,12 @@ func (w *worker) step(s step) error {
 // disk, whole clusters of up to 8 KiB. In the lower half each owns every n-th.
 const coarse = 16
 
+// total is the length of the disk in sectors.
+func (w *worker) total() uint64 { return uint64(w.run.m.Size()) / sector }
+
 // pick returns a range of sectors that the worker owns.
 func (w *worker) pick() (lba, n uint64) {
-	total := uint64(len(w.run.sectors))
+	total := w.total()
 	half := total / 2
 	switch {
 	case w.n == 1:
@@ -298,7 +303,7 @@ func (w *worker) writeRange(lba, n uint64) error {
 func (w *worker) pack() error {
 	m := w.run.m
 	per := uint64(m.clusterSize / sector)
-	total := uint64(len(w.run.sectors))
+	total := w.total()
 	lba := w.r.Uint64N(total/per) * per
 	if w.n > 1 {
 		lba = total/2 + (w.r.Uint64N(total/2/coarse/w.n)*w.n+w.g)*coarse
@@ -332,7 +337,7 @@ func (w *worker) read() error {
 // fill writes a long range, for a worker that is the only one.
 func (w *worker) fill() error {
 	lba, most := w.pick()
-	most = min(uint64(len(w.run.sectors))-lba, 200)
+	most = min(w.total()-lba, 200)
 	return w.writeRange(lba, 1+w.r.Uint64N(most))
 }
 
@@ -390,4 +395,45 @@ func (w *worker) reopen() error {
 	}
 	run.m = m
 	return errors.Join(err, failed)
+}
+
+// resize makes the disk longer or shorter, by up to a half of its first length.
+// What a disk loses is still there as long as it has its old length, and zero when
+// it is longer again.
+func (w *worker) resize() error {
+	run := w.run
+	old, first := w.total(), run.length.changes[0].value
+	n := max(first/2+w.r.Uint64N(first), 64) // as much as pick takes
+	run.mu.Lock()
+	pos := run.f.mark("change")
+	run.length.begin(pos, n)
+	for i := old; i < uint64(len(run.sectors)); i++ {
+		run.sectors[i].begin(pos, 0) // if a failed resize has lost it
+		run.sectors[i].finish()
+	}
+	for uint64(len(run.sectors)) < n {
+		run.sectors = append(run.sectors, newHistory(0))
+	}
+	run.mu.Unlock()
+	opts := ResizeOptions{Shrink: true}
+	if n > old {
+		opts.Preallocation = [...]Preallocation{0, 0, PreallocateMetadata, PreallocateFalloc, PreallocateFull}[w.r.IntN(5)]
+	}
+	err := run.m.Resize(context.Background(), int64(n)*sector, opts)
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	pos = run.f.mark("flush")
+	if err == nil {
+		run.length.finish()
+		run.length.flushed(pos, run.length.done)
+	}
+	for i := w.total(); i < old; i++ {
+		s := &run.sectors[i]
+		s.begin(pos, 0)
+		s.finish()
+		if err == nil {
+			s.flushed(pos, s.done)
+		}
+	}
+	return err
 }
