@@ -336,6 +336,12 @@ func TestUnanswerable(t *testing.T) {
 			t.Errorf("B10 headless chain %d: used length %d, status %#x; want 1, IOERR", i, used, q.code())
 		}
 	}
+	for name, bad := range map[string]vt.Buf{"nowhere": {Addr: vt.Window, Len: 512}, "empty": {Addr: q.data}} {
+		q.set(tOut, 0)
+		if used := r.call(r.d.Rings[0], header, bad, status); used != 0 || q.code() != sIOErr {
+			t.Errorf("B10 data that is %s: used length %d, status %#x; want 0, IOERR", name, used, q.code())
+		}
+	}
 	if code, _, _ := r.do(tIn, 0, make([]byte, 512)); code != sOK {
 		t.Errorf("status %d of the next request, want OK", code)
 	}

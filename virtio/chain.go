@@ -29,13 +29,15 @@ type Chain struct {
 	// empty.
 	Readable, Writable [][]byte
 
-	head uint16
-	bufs [][]byte // all buffers in order; Readable and Writable are slices of it
+	head    uint16
+	refused bool     // it is malformed; see Queue.Pop
+	bufs    [][]byte // all buffers in order; Readable and Writable are slices of it
 }
 
 // reset forgets the buffers but keeps their storage.
 func (c *Chain) reset(head uint16) {
 	c.head = head
+	c.refused = false
 	c.bufs = c.bufs[:0]
 	c.Readable, c.Writable = nil, nil
 }
@@ -113,7 +115,8 @@ var (
 )
 
 // walk fills c with the chain whose first descriptor is head, which is below
-// the queue size.
+// the queue size. If the chain is malformed but its last writable byte can be
+// found all the same, c is that byte and refused; else there is an error.
 func (q *Queue) walk(c *Chain, head uint16) *GuestError {
 	c.reset(head)
 	w := walker{mem: q.mem, c: c, max: q.limit}
@@ -132,15 +135,13 @@ func (q *Queue) walk(c *Chain, head uint16) *GuestError {
 			if err := w.addIndirect(d); err != nil {
 				return err
 			}
-			w.finish()
-			return nil
+			return w.finish()
 		}
 		if err := w.add(d); err != nil {
 			return err
 		}
 		if d.flags&descNext == 0 {
-			w.finish()
-			return nil
+			return w.finish()
 		}
 		if next = d.next; int(next) >= q.size {
 			return errNext
@@ -154,35 +155,54 @@ type walker struct {
 	mem      *guest.Memory
 	c        *Chain
 	max      int    // most buffers allowed
+	count    int    // buffers so far
 	total    uint64 // bytes so far
 	readable int    // buffers before the first writable one
 	writable bool   // a writable one has been seen
+
+	fault *GuestError // the first thing wrong with a buffer; the walk goes on for last
+	last  []byte      // last writable buffer, or nil if it cannot be used
 }
 
-// add appends the buffer that d describes.
+// add appends the buffer that d describes. The error means that the walk cannot
+// go on; what is wrong with the buffer itself is a fault.
 func (w *walker) add(d desc) *GuestError {
-	if len(w.c.bufs) == w.max {
+	if w.count == w.max {
 		return errTooLong
 	}
-	if d.len == 0 {
-		return errEmptyBuffer
-	}
-	if w.total += uint64(d.len); w.total > maxChainBytes {
-		return errTooBig
-	}
-	b, err := w.mem.Slice(d.addr, uint64(d.len))
-	if err != nil {
-		return errNotRAM
-	}
+	w.count++
+	b, fault := w.buffer(d)
 	if d.flags&descWrite != 0 {
 		w.writable = true
+		w.last = b
 	} else if w.writable {
-		return errOrder
+		fault = errOrder
 	} else {
 		w.readable++
 	}
-	w.c.bufs = append(w.c.bufs, b)
+	if w.fault == nil {
+		w.fault = fault
+	}
+	if w.fault == nil {
+		w.c.bufs = append(w.c.bufs, b)
+	}
 	return nil
+}
+
+// buffer is the guest memory that d describes, unless there is something wrong
+// with it.
+func (w *walker) buffer(d desc) ([]byte, *GuestError) {
+	if d.len == 0 {
+		return nil, errEmptyBuffer
+	}
+	if w.total += uint64(d.len); w.total > maxChainBytes {
+		return nil, errTooBig
+	}
+	b, err := w.mem.Slice(d.addr, uint64(d.len))
+	if err != nil {
+		return nil, errNotRAM
+	}
+	return b, nil
 }
 
 // addIndirect appends the buffers of the table that d points at. The WRITE flag
@@ -216,8 +236,19 @@ func (w *walker) addIndirect(d desc) *GuestError {
 	}
 }
 
-// finish divides the buffers into the two halves.
-func (w *walker) finish() {
-	w.c.Readable = w.c.bufs[:w.readable]
-	w.c.Writable = w.c.bufs[w.readable:]
+// finish divides the buffers into the two halves, at the end of the chain. Of one
+// with a fault only the last writable byte is left.
+func (w *walker) finish() *GuestError {
+	c := w.c
+	if w.fault == nil {
+		c.Readable, c.Writable = c.bufs[:w.readable], c.bufs[w.readable:]
+		return nil
+	}
+	if w.last == nil {
+		return w.fault
+	}
+	c.refused = true
+	c.bufs = append(c.bufs[:0], w.last[len(w.last)-1:])
+	c.Writable = c.bufs
+	return nil
 }

@@ -87,7 +87,7 @@ type QueueStats struct {
 	Kicks      uint64 // wake-ups of the worker
 	Interrupts uint64 // notifications sent to the driver
 	Suppressed uint64 // publications the driver asked not to be notified of
-	Malformed  uint64 // chains refused and completed with length 0
+	Malformed  uint64 // chains refused, which were completed with length 0
 }
 
 // NewQueue checks cfg and resolves the rings in mem. What is wrong with them is
@@ -165,9 +165,11 @@ func (q *Queue) Stats() QueueStats {
 // avail.idx is read only when the chains known from the last reading are used
 // up, so a batch costs one reading.
 //
-// A malformed chain never reaches the caller: Pop completes it with length 0,
-// counts it, and goes on with the next, so Publish must be called even if no
-// chain came (B10). Damage to the ring itself breaks the queue: it is reported
+// A malformed chain is counted, and completed with length 0 whatever is pushed for
+// it. Where its last writable byte can be found, it reaches the caller as a chain
+// of that byte alone, which lacks whatever a request begins with: the caller can
+// answer. Else Pop completes it itself and goes on with the next, so Publish must
+// be called even if no chain came (B10). Damage to the ring itself breaks the queue: it is reported
 // to the transport once, and Pop finds nothing from then on (P22).
 //
 // So that its caller stays in command, Pop returns after maxMalformed such chains
@@ -194,6 +196,9 @@ func (q *Queue) Pop(c *Chain) bool {
 			q.push(head, 0)
 			refused++
 			continue
+		}
+		if c.refused {
+			q.stats.malformed.Add(1)
 		}
 		return true
 	}
@@ -236,7 +241,12 @@ func (q *Queue) Unpop(c *Chain) {
 
 // Push completes c: n bytes were written to it, counted from its first writable
 // byte without a gap (V7). The driver sees it after Publish.
-func (q *Queue) Push(c *Chain, n uint32) { q.push(c.head, n) }
+func (q *Queue) Push(c *Chain, n uint32) {
+	if c.refused {
+		n = 0 // its only byte need not be the first writable one
+	}
+	q.push(c.head, n)
+}
 
 func (q *Queue) push(head uint16, n uint32) {
 	q.inFlight[head/64] &^= 1 << (head % 64)

@@ -122,10 +122,6 @@ func TestMalformedChain(t *testing.T) {
 		name  string
 		build func(r *rig, table guest.GPA) // a chain with head 0
 	}{
-		{"V3 readable after writable", func(r *rig, _ guest.GPA) {
-			r.SetDesc(0, ram, 1, nx|wr, 1)
-			r.SetDesc(1, ram, 1, 0, 0)
-		}},
 		{"V4 loop to itself", func(r *rig, _ guest.GPA) { r.SetDesc(0, ram, 1, nx, 0) }},
 		{"V4 loop of two", func(r *rig, _ guest.GPA) {
 			r.SetDesc(0, ram, 1, nx, 1)
@@ -202,7 +198,7 @@ func TestMalformedChain(t *testing.T) {
 	t.Run("V4 more than 4 GiB", func(t *testing.T) {
 		r := newRig(t, 256, indirect)
 		table := r.m.Alloc(16*256, 16)
-		all := virtiotest.Buf{Addr: 0, Len: virtiotest.LowSize, Write: true}
+		all := virtiotest.Buf{Addr: 0, Len: virtiotest.LowSize}
 		r.Table(table, many(129, all)...)
 		r.SetDesc(0, table, 16*129, in, 0)
 		r.offer(0, 0)
@@ -212,7 +208,7 @@ func TestMalformedChain(t *testing.T) {
 		r.Table(table, many(128, all)...)
 		r.SetDesc(1, table, 16*128, in, 0)
 		r.offer(1, 1)
-		if !r.q.Pop(&r.c) || virtio.Len(r.c.Writable) != 1<<32 {
+		if !r.q.Pop(&r.c) || virtio.Len(r.c.Readable) != 1<<32 {
 			t.Error("a chain of exactly 4 GiB was refused")
 		}
 	})
@@ -224,6 +220,87 @@ func TestMalformedChain(t *testing.T) {
 		r.offer(0, 0)
 		if r.q.Pop(&r.c) || r.q.Stats().Malformed != 1 {
 			t.Error("an indirect descriptor was accepted without INDIRECT_DESC")
+		}
+	})
+}
+
+// TestRefusedChain gives the device malformed chains whose last writable byte is
+// plain to see: it gets that byte to answer in, and nothing else (B10).
+func TestRefusedChain(t *testing.T) {
+	const size = 8
+	const ram = guest.GPA(0x10_0000)
+	const nx, wr, in = virtiotest.Next, virtiotest.Write, virtiotest.Indirect
+	const hole = virtiotest.Window
+	for _, c := range []struct {
+		name  string
+		build func(r *rig, table guest.GPA) // a chain with head 0
+		last  guest.GPA                     // its last writable byte
+	}{
+		{"V3 readable after writable", func(r *rig, _ guest.GPA) {
+			r.SetDesc(0, ram, 4, nx|wr, 1)
+			r.SetDesc(1, ram+8, 1, 0, 0)
+		}, ram + 3},
+		{"V3 writable after that", func(r *rig, _ guest.GPA) {
+			r.SetDesc(0, ram, 4, nx|wr, 1)
+			r.SetDesc(1, ram+8, 1, nx, 2)
+			r.SetDesc(2, ram+16, 1, wr, 0)
+		}, ram + 16},
+		{"V5 data of length 0", func(r *rig, _ guest.GPA) {
+			r.SetDesc(0, ram, 16, nx, 1)
+			r.SetDesc(1, ram+32, 0, nx|wr, 2)
+			r.SetDesc(2, ram+16, 1, wr, 0)
+		}, ram + 16},
+		{"V5 data not in RAM", func(r *rig, _ guest.GPA) {
+			r.SetDesc(0, ram, 16, nx, 1)
+			r.SetDesc(1, hole, 512, nx|wr, 2)
+			r.SetDesc(2, ram+16, 2, wr, 0)
+		}, ram + 17},
+		{"V5 header not in RAM, in an indirect table", func(r *rig, table guest.GPA) {
+			r.Table(table, virtiotest.Buf{Addr: hole, Len: 16}, virtiotest.Buf{Addr: ram, Len: 1, Write: true})
+			r.SetDesc(0, table, 32, in, 0)
+		}, ram},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := newRig(t, size, indirect|eventIdx)
+			c.build(r, r.m.Alloc(16*2*size, 16))
+			r.offer(0, 0)
+			if !r.q.Pop(&r.c) || len(r.c.Readable) != 0 || virtio.Len(r.c.Writable) != 1 {
+				t.Fatalf("got %d readable, %d writable bytes; want 0 and 1", virtio.Len(r.c.Readable), virtio.Len(r.c.Writable))
+			}
+			r.c.TakeStatus()[0] = 0x77
+			if r.m.Bytes(c.last, 1)[0] != 0x77 {
+				t.Error("the byte is not the last writable one")
+			}
+			r.q.Push(&r.c, 1)
+			r.q.Publish()
+			if head, n, ok := r.TakeUsed(); head != 0 || n != 0 || !ok {
+				t.Errorf("V7 used element %d length %d %v, want 0 length 0", head, n, ok)
+			}
+			if got := r.q.Stats().Malformed; got != 1 || len(r.ev.broken) != 0 {
+				t.Errorf("malformed %d, broken %v; want 1 and none", got, r.ev.broken)
+			}
+			r.SetDesc(3, ram, 4, wr, 0)
+			r.offer(1, 3)
+			if !r.q.Pop(&r.c) || virtio.Len(r.c.Writable) != 4 {
+				t.Fatal("the good chain behind the malformed one did not come")
+			}
+			r.q.Push(&r.c, 4)
+			r.q.Publish()
+			if _, n, _ := r.TakeUsed(); n != 4 {
+				t.Errorf("its used length is %d, want 4", n)
+			}
+		})
+	}
+	t.Run("V4 ends in a circle of faults", func(t *testing.T) {
+		r := newRig(t, size, indirect)
+		table := r.m.Alloc(32, 16)
+		r.Table(table, virtiotest.Buf{Addr: ram}, virtiotest.Buf{Addr: ram, Len: 1, Write: true})
+		binary.LittleEndian.PutUint16(r.m.Bytes(table+28, 2), nx|wr)
+		binary.LittleEndian.PutUint16(r.m.Bytes(table+30, 2), 0)
+		r.SetDesc(0, table, 32, in, 0)
+		r.offer(0, 0)
+		if r.q.Pop(&r.c) || r.q.Stats().Malformed != 1 {
+			t.Error("a circle was taken for a chain")
 		}
 	})
 }
