@@ -48,6 +48,7 @@ type fuzzer struct {
 	broken atomic.Bool // every call of the disk fails
 	reqs   []*request
 	starts int
+	resume func() // ends the last pause
 }
 
 // next takes n bytes, at most 8, off the input. What it lacks is zero.
@@ -74,9 +75,10 @@ func FuzzDevice(f *testing.F) {
 	f.Add([]byte{1, 7, 0xff, 0xff, 6, 1, 0x13, 3, 4, 6, 2, 6, 1, 7, 0xff, 0xff, 3, 4})
 	f.Add([]byte{2, 7, 0xff, 0xff, 5, 0, tDiscard, 5, 16, 1, 3, 4, 5, 0, tWriteZeroes, 3, 4, 2, 0x20, 0, 3, 4, 6, 0x40, 0x80, 3, 4})
 	f.Add([]byte{3, 7, 0x0f, 0xf0, 3, 4, 0, 0x16, 1, 0, 0, 0, 0, 0x3a, 1, 0, 0, 0, 7, 0xff, 0xff, 3, 4, 1, 0x14, 0, 0})
+	f.Add([]byte{2, 7, 0xff, 0xff, 3, 4, 0x1a, 0, 0, 3, 4, 0x1e, 0x1a, 4, 0, 3, 4, 0x3e})
 	f.Add([]byte{0, 7, 0xff, 0xff, 5, 8, fuzzDisk/512 - 1, 3, 12}) // a read across the end
 	f.Fuzz(func(t *testing.T, in []byte) {
-		fz := &fuzzer{in: in, disk: &strictDisk{Thin: newThin(fuzzDisk)}}
+		fz := &fuzzer{in: in, disk: &strictDisk{Thin: newThin(fuzzDisk)}, resume: func() {}}
 		fz.disk.Fault = func(string, int64) error {
 			if fz.broken.Load() {
 				return errors.New("broken")
@@ -132,7 +134,11 @@ func (f *fuzzer) step() {
 			f.m.Write(bar+off, n, f.next(4))
 			f.m.Read(bar+off, n)
 		}
-	case 2: // the configuration of the device
+	case 2: // the configuration of the device, or what PCI lets it do
+		if op>>3%4 == 3 {
+			f.d.SetConfig(4, 2, 1<<1|f.next(2)&(1<<2|1<<10)) // Bus Master, Interrupt Disable
+			return
+		}
 		off := guest.GPA(f.next(1))
 		f.m.Write(bar+guest.GPA(f.d.Device.Offset)+off, 1, f.next(1))
 		f.d.DeviceConfig(off, 4)
@@ -180,11 +186,16 @@ func (f *fuzzer) chain(how uint64) {
 
 // host does what the owner of a device may do while its guest runs.
 func (f *fuzzer) host(how uint64) {
-	switch how % 4 {
-	case 0:
+	switch how % 8 {
+	case 0, 4:
 		f.broken.Store(how>>2&1 != 0)
-	case 1:
+	case 1, 5:
 		f.dev.Resume()
+	case 3:
+		f.resume()
+		f.resume = f.dev.Pause()
+	case 7:
+		f.resume()
 	case 2:
 		f.resize(int64(f.next(1)) % (fuzzDisk/512 + 1) * 512)
 	default:
@@ -202,6 +213,8 @@ func (f *fuzzer) resize(n int64) {
 func (f *fuzzer) finish() {
 	f.broken.Store(false)
 	f.dev.Resume()
+	f.resume()
+	f.d.SetConfig(4, 2, 1<<1|1<<2)
 	f.resize(fuzzDisk)
 	f.start(allFeatures, 1, 8)
 	want := bytes.Repeat([]byte{0x5a}, 1024)

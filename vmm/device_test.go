@@ -213,7 +213,7 @@ func (d driver) request(q, n, kind uint32, sector uint64, size uint32, deviceWri
 // without a kernel: what Linux does, in a few hundred instructions.
 func TestBlockDevice(t *testing.T) {
 	const queues = 3
-	for _, disks := range []int{1, 4} {
+	for _, disks := range []int{1, 4, vmm.MaxDisks} {
 		t.Run(fmt.Sprintf("disks=%d", disks), func(t *testing.T) {
 			var p guesttest.Program
 			var mem []*memDisk
@@ -293,6 +293,31 @@ func TestBlockDeviceRelocated(t *testing.T) {
 	}
 	if got := disk.b[1024:1028]; string(got) != "calf" {
 		t.Errorf("sector 2 holds %q, want %q", got, "calf")
+	}
+}
+
+// TestManyQueues sends a request through each of as many queues as a disk can
+// have; each has an interrupt of its own.
+func TestManyQueues(t *testing.T) {
+	const queues = 64
+	var p guesttest.Program
+	d := driver{Program: &p, slot: 1, bar: 0xC000_0000}
+	d.start(d.findCapabilities(), queues)
+	disk := &memDisk{b: make([]byte, queues*512)}
+	for q := range uint32(queues) {
+		d.Write32(buffers+0x1000, q+1)
+		d.request(q, 0, 1, uint64(q), 512, false, 1)
+	}
+	p.Print("ok")
+	p.PowerOff()
+	outcome, console := run(t, &p, nil, vmm.Disk{Name: "disk", Disk: disk, Queues: queues})
+	if outcome != vmm.PowerOff || console != "ok" {
+		t.Fatalf("the guest ended with %v, console %q", outcome, console)
+	}
+	for q := range queues {
+		if got := disk.b[q*512]; got != byte(q+1) {
+			t.Errorf("sector %d holds %d, want %d", q, got, q+1)
+		}
 	}
 }
 

@@ -2,9 +2,10 @@ package pci
 
 import (
 	"errors"
-	"sync"
+	"runtime"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // countingInterrupt counts what it sends.
@@ -29,15 +30,45 @@ func TestUnmaskRace(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	for range 20_000 {
+	// The other goroutine triggers as soon as a round has begun, and this one
+	// unmasks a little later each time, so that they meet at every instruction.
+	var begun, done atomic.Uint64
+	const over = ^uint64(0)
+	go func() {
+		for round := uint64(1); await(&begun, round) != over; round++ {
+			m.trigger(0)
+			done.Store(round)
+		}
+	}()
+	defer begun.Store(over)
+	limit := time.Second
+	if testing.Short() {
+		limit = 200 * time.Millisecond
+	}
+	for round, start := uint64(1), time.Now(); time.Since(start) < limit; round++ {
 		entry(msixEntryMask)
 		before := intr.sent.Load()
-		var wg sync.WaitGroup
-		wg.Go(func() { m.trigger(0) })
+		begun.Store(round)
+		for range round % 64 {
+			_ = done.Load()
+		}
 		entry(0)
-		wg.Wait()
+		await(&done, round)
 		if intr.sent.Load() != before+1 {
-			t.Fatalf("%d messages for one trigger", intr.sent.Load()-before)
+			t.Fatalf("round %d: %d messages for one trigger", round, intr.sent.Load()-before)
+		}
+	}
+}
+
+// await returns n's value once that is at least want. It does not sleep unless it
+// must: whoever does comes too late to race.
+func await(n *atomic.Uint64, want uint64) uint64 {
+	for i := 0; ; i++ {
+		if v := n.Load(); v >= want {
+			return v
+		}
+		if i > 20_000 {
+			runtime.Gosched()
 		}
 	}
 }

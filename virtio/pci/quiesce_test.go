@@ -134,3 +134,25 @@ func TestResetDuringQueueReset(t *testing.T) {
 	close(r.dev.hold)
 	r.eventually("the end of the reset", func() bool { return r.Get(vt.Status, 1) == 0 })
 }
+
+// TestDamageBeforeDriverOK enables a queue in a place that cannot be, before the
+// driver can be told of anything: it is told as soon as it is ready (P22).
+func TestDamageBeforeDriverOK(t *testing.T) {
+	r := newRig(t, &echo{n: 1})
+	if err := r.Negotiate(all); err != nil {
+		t.Fatal(err)
+	}
+	r.EnableMSIX(lineBase)
+	r.Set(vt.ConfigVector, 2, 0)
+	r.Set(vt.QueueSelect, 2, 0)
+	r.Set(vt.QueueDesc, 4, 1) // not aligned
+	r.Set(vt.QueueEnable, 2, 1)
+	line := r.m.Line(lineBase)
+	if got := r.Get(vt.Status, 1); got != fok|virtio.StatusDeviceNeedsReset || line.Count() != 0 {
+		t.Errorf("before DRIVER_OK status reads %#x, %d interrupts; want NEEDS_RESET and none", got, line.Count())
+	}
+	r.DriverOK()
+	if got := r.Get(vt.Status, 1); got != dok|virtio.StatusDeviceNeedsReset || line.Count() != 1 {
+		t.Errorf("after it %#x, %d interrupts; want NEEDS_RESET and one", got, line.Count())
+	}
+}
