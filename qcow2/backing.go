@@ -113,7 +113,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 	if format == "raw" {
 		return c.openRaw(f, target)
 	}
-	opts.ReadOnly = true
+	opts.ReadOnly, opts.Snapshot = true, ""
 	return asBacking(openLocked(f, target, opts, c))
 }
 

@@ -21,7 +21,8 @@
 // features are refused with ErrUnsupported. An image that is marked corrupt is
 // opened for reading only, until Repair has made it sound. WriteCompressed makes
 // compressed clusters; any other write to one makes it a normal cluster. Internal
-// snapshots are kept: what they share is copied before it is written.
+// snapshots are kept, as what they share is copied before it is written, and may
+// be opened for reading.
 //
 // # Trust
 //

@@ -24,6 +24,9 @@ var (
 	ErrBackingRefused = errors.New("qcow2: backing file refused")
 	// ErrReadOnly means that the image was opened for reading.
 	ErrReadOnly = errors.New("qcow2: image is read-only")
+	// ErrNoSnapshot means that the image has not the one internal snapshot
+	// that was asked for.
+	ErrNoSnapshot = errors.New("qcow2: no such snapshot")
 	// ErrRange means that a request does not lie inside [0, Size).
 	ErrRange = errors.New("qcow2: range outside the image")
 	// ErrClosed means that the image was closed.

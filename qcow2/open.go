@@ -18,6 +18,11 @@ const DefaultL2CacheBytes = 32 << 20
 type Options struct {
 	// ReadOnly opens the image for reading. Other readers may share it.
 	ReadOnly bool
+	// Snapshot, if not empty, is the ID or the name of an internal snapshot of
+	// the image: the disk is what it was then, of the size it had, over the
+	// same backing file, for reading only, whether ReadOnly is set or not. An
+	// image without it is refused with ErrNoSnapshot.
+	Snapshot string
 	// NoBacking refuses any image that names a backing file.
 	NoBacking bool
 	// BackingDirs are directories, beside the one of the image that names
@@ -50,6 +55,7 @@ func Open(path string, opts Options) (*Image, error) {
 // openChain opens the image at path as the first layer of c.
 func openChain(path string, opts Options, c *chain) (*Image, error) {
 	c.dirs = resolveDirs(opts.BackingDirs)
+	opts.ReadOnly = opts.ReadOnly || opts.Snapshot != ""
 	flags := os.O_RDWR
 	if opts.ReadOnly {
 		flags = os.O_RDONLY
@@ -118,6 +124,11 @@ func (m *Image) load(opts Options, c *chain) error {
 			if h, fileSize, err = m.mendDirty(); err != nil {
 				return err
 			}
+		}
+	}
+	if opts.Snapshot != "" {
+		if err := m.showSnapshot(h, opts.Snapshot, fileSize); err != nil {
+			return err
 		}
 	}
 	if err := m.loadTables(h, opts, fileSize); err != nil {
@@ -202,9 +213,11 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 		// A reader uses no more, and a writer has to know all L2 tables.
 		entries = h.l1Entries(h.size)
 	}
-	if m.l1, err = m.loadTable(h.l1Offset, int64(entries)*8); err != nil { //nolint:gosec // G115: at most h.l1Size, validated
+	if m.l1, err = m.loadTable(h.l1Offset, int64(min(entries, uint64(h.l1Size)))*8); err != nil { //nolint:gosec // G115: validated
 		return err
 	}
+	// What the table of a snapshot is too short for is not allocated.
+	m.l1 = append(m.l1, make([]uint64, entries-uint64(len(m.l1)))...)
 	if m.readOnly {
 		return nil
 	}

@@ -15,7 +15,7 @@ import (
 // its room is given back at Close, or when the process ends. Nothing of it
 // survives a crash, so Flush does not wait for stable storage. base is locked as
 // by a reader and never written. opts hold for base and its backing files;
-// ReadOnly is ignored.
+// ReadOnly is ignored, and with Snapshot the disk begins as what it was then.
 func OpenScratch(dir, base, format string, opts Options) (*Image, error) {
 	under, err := openBase(base, format, opts)
 	if err != nil {
@@ -36,6 +36,9 @@ func openBase(base, format string, opts Options) (backing, error) {
 	case "qcow2":
 		return asBacking(openChain(base, opts, &chain{}))
 	case "raw":
+		if opts.Snapshot != "" {
+			return nil, &Error{Path: base, Kind: ErrNoSnapshot, What: "a raw image has no internal snapshots"}
+		}
 		f, err := openRegular(base, os.O_RDONLY)
 		if err != nil {
 			return nil, err
@@ -62,7 +65,7 @@ func openUnnamed(dir string, size int64, opts Options) (*Image, error) {
 	if err := p.write(v); err != nil {
 		return nil, inFile(f.Name(), errors.Join(err, f.Close()))
 	}
-	opts.ReadOnly = false
+	opts.ReadOnly, opts.Snapshot = false, ""
 	return openFile(v, f.Name(), opts, &chain{})
 }
 
