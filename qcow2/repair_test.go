@@ -3,10 +3,8 @@ package qcow2
 import (
 	"bytes"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
-	"syscall"
 	"testing"
 )
 
@@ -82,56 +80,5 @@ func TestRepairCorrupt(t *testing.T) {
 	must(t, err)
 	if before.Corruptions == 0 || before != after || !bytes.Equal(f.data, b) {
 		t.Errorf("%+v, changed: %v", before, !bytes.Equal(f.data, b))
-	}
-}
-
-// TestRepairCut cuts the power at every point of a repair, and fails each of its
-// file operations: another repair ends the work, and the image has its data.
-func TestRepairCut(t *testing.T) {
-	b, want := leaky(t)
-	sound := func(what string, data []byte) error {
-		f := &memFile{data: append([]byte(nil), data...)}
-		before, after, err := repairIn(t.Context(), f, what, RepairLeaks, CheckOptions{})
-		if err != nil || !after.Clean() {
-			return fmt.Errorf("%s: %+v, %+v (%w)", what, before, after, err)
-		}
-		m, err := openFile(f, what, Options{}, &chain{})
-		if err != nil {
-			return err
-		}
-		got := make([]byte, m.Size())
-		if err := m.ReadvAt([][]byte{got}, 0); err != nil || !bytes.Equal(got, want) {
-			return fmt.Errorf("%s: other data (%w)", what, err)
-		}
-		return m.Close()
-	}
-	run := &crashRun{start: b, f: &memFile{data: append([]byte(nil), b...), rec: true}}
-	ops := 0
-	run.f.fail = func(string) error { ops++; return nil }
-	_, _, err := repairIn(t.Context(), run.f, "memory", RepairLeaks, CheckOptions{})
-	must(t, err)
-	states := run.states(newSeed(t), 3000, func(s state) bool {
-		err := sound(fmt.Sprint(s.what, s.cut), s.data)
-		if err != nil {
-			t.Error(err)
-		}
-		return err == nil
-	})
-	t.Logf("%d states", states)
-	for at := 1; at <= ops; at++ {
-		f := &memFile{data: append([]byte(nil), b...)}
-		n, hit := 0, ""
-		f.fail = func(op string) error {
-			if n++; n == at {
-				hit = op
-				return syscall.EIO
-			}
-			return nil
-		}
-		// The host need not take back what it is offered.
-		if _, _, err := repairIn(t.Context(), f, "memory", RepairLeaks, CheckOptions{}); (err == nil) != (hit == "punch") {
-			t.Errorf("operation %d, a %s, failed: %v", at, hit, err)
-		}
-		must(t, sound(fmt.Sprint("failure ", at), f.data))
 	}
 }
