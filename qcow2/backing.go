@@ -49,6 +49,8 @@ type chain struct {
 	// if that is not known. It is never resolved again, so that nobody who
 	// may rename what lies in it can make it mean another one.
 	dir string
+	// budget is what the images of the chain share, set by the first.
+	budget *cacheBudget
 }
 
 // enter adds the open file f to the chain, unless it is in it already.

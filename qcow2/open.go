@@ -3,7 +3,6 @@ package qcow2
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"os"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -28,9 +27,18 @@ type Options struct {
 	// BackingDirs are directories, beside the one of the image that names
 	// it, in which a backing file may lie, at any depth.
 	BackingDirs []string
-	// L2CacheBytes bounds the memory for L2 tables; 0 means
-	// DefaultL2CacheBytes. All of an image's tables take its size divided by
-	// ClusterSize/8. Backing files have a cache of the same size each.
+	// L2CacheBytes bounds the memory for L2 tables of the image and all its
+	// backing files together; 0 means DefaultL2CacheBytes. Each keeps 16
+	// slices of tables, of at most 4 KiB each, in any case. All tables of an
+	// image take its size divided by ClusterSize/8 (twice that with extended
+	// L2 entries), and a sixteenth of it more to keep them in order: with so
+	// much, all of them stay in memory once they were read. Nothing is set
+	// aside before it is needed.
+	//
+	// What else stays in memory is bounded for each image: its L1 table, at
+	// most 32 MiB, and decompressed clusters, 4 MiB or two of them; for a
+	// writable one its refcount table, at most 8 MiB, 1 MiB of refcount blocks,
+	// and where its metadata is, some 16 bytes for each table.
 	L2CacheBytes int64
 	// CompressionLevel is how hard WriteCompressed tries: from 1, the
 	// fastest, to 9, the smallest; 0 means the default, 6.
@@ -131,7 +139,7 @@ func (m *Image) load(opts Options, c *chain) error {
 			return err
 		}
 	}
-	if err := m.loadTables(h, opts, fileSize); err != nil {
+	if err := m.loadTables(h, opts, c, fileSize); err != nil {
 		return err
 	}
 	name, err := backingName(h, first)
@@ -181,7 +189,7 @@ func (m *Image) mendDirty() (*header, int64, error) {
 
 // loadTables sets up the image from its validated header and reads the L1 table
 // and the refcount table.
-func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
+func (m *Image) loadTables(h *header, opts Options, c *chain, fileSize int64) error {
 	m.geometry = newGeometry(h)
 	m.setSize(int64(h.size)) //nolint:gosec // G115: validated
 	m.zlib = h.compression == compressionDeflate
@@ -189,18 +197,16 @@ func (m *Image) loadTables(h *header, opts Options, fileSize int64) error {
 	m.l1Offset = int64(h.l1Offset) //nolint:gosec // G115: validated
 	m.decoder = newDecoder(m.clusterSize)
 	m.packer.held = map[uint64]*packed{}
-	cacheBytes := opts.L2CacheBytes
-	if cacheBytes == 0 {
-		cacheBytes = DefaultL2CacheBytes
-	}
-	if cacheBytes < 0 {
-		return &Error{Kind: ErrInvalidOption, What: fmt.Sprintf("an L2 cache of %d bytes is impossible", cacheBytes)}
-	}
 	var err error
 	if m.encoders, err = newEncoders(&m.geometry, m.zlib, opts.CompressionLevel); err != nil {
 		return err
 	}
-	if m.cache, err = newSliceCache(&m.geometry, cacheBytes); err != nil {
+	if c.budget == nil {
+		if c.budget, err = newCacheBudget(opts.L2CacheBytes); err != nil {
+			return err
+		}
+	}
+	if err := c.budget.join(m); err != nil {
 		return err
 	}
 	m.loads = map[uint64]*flight{}

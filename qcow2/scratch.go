@@ -17,11 +17,12 @@ import (
 // by a reader and never written. opts hold for base and its backing files;
 // ReadOnly is ignored, and with Snapshot the disk begins as what it was then.
 func OpenScratch(dir, base, format string, opts Options) (*Image, error) {
-	under, err := openBase(base, format, opts)
+	c := &chain{}
+	under, err := openBase(base, format, opts, c)
 	if err != nil {
 		return nil, err
 	}
-	m, err := openUnnamed(dir, under.Size(), opts)
+	m, err := openUnnamed(dir, under.Size(), opts, c)
 	if err != nil {
 		return nil, errors.Join(err, under.Close())
 	}
@@ -30,11 +31,11 @@ func OpenScratch(dir, base, format string, opts Options) (*Image, error) {
 }
 
 // openBase opens a file that the user, not an image, names as the base.
-func openBase(base, format string, opts Options) (backing, error) {
+func openBase(base, format string, opts Options, c *chain) (backing, error) {
 	opts.ReadOnly = true
 	switch format {
 	case "qcow2":
-		return asBacking(openChain(base, opts, &chain{}))
+		return asBacking(openChain(base, opts, c))
 	case "raw":
 		if opts.Snapshot != "" {
 			return nil, &Error{Path: base, Kind: ErrNoSnapshot, What: "a raw image has no internal snapshots"}
@@ -43,13 +44,14 @@ func openBase(base, format string, opts Options) (backing, error) {
 		if err != nil {
 			return nil, err
 		}
-		return (&chain{}).openRaw(f, base)
+		return c.openRaw(f, base)
 	}
 	return nil, &Error{Path: base, Kind: ErrInvalidOption, What: fmt.Sprintf("the format %q is not one of qcow2 and raw", format)}
 }
 
-// openUnnamed makes an empty image in a file without a name in dir and opens it.
-func openUnnamed(dir string, size int64, opts Options) (*Image, error) {
+// openUnnamed makes an empty image in a file without a name in dir and opens it,
+// to be put over c.
+func openUnnamed(dir string, size int64, opts Options, c *chain) (*Image, error) {
 	if dir == "" {
 		dir = os.TempDir()
 	}
@@ -66,7 +68,7 @@ func openUnnamed(dir string, size int64, opts Options) (*Image, error) {
 		return nil, inFile(f.Name(), errors.Join(err, f.Close()))
 	}
 	opts.ReadOnly, opts.Snapshot = false, ""
-	return openFile(v, f.Name(), opts, &chain{})
+	return openFile(v, f.Name(), opts, c)
 }
 
 // unnamedFile opens a new file in dir that never has a name. What its Name

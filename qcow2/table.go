@@ -25,14 +25,16 @@ func (m *Image) loadSlice(id uint64) error {
 
 	entries, err := m.readSlice(off + m.sliceOffset(id))
 
+	s := &slice{id: id, entries: entries}
 	m.lock()
 	if err == nil {
-		m.cache.add(&slice{id: id, entries: entries})
+		m.cache.add(s)
 	}
 	delete(m.loads, id)
 	l.err = err
 	close(l.done)
 	m.mu.Unlock()
+	m.cache.budget.trim(s)
 	return err
 }
 
