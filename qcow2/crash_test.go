@@ -29,7 +29,7 @@ var workloads = []workload{
 	{name: "packed", opts: CreateOptions{Size: 128 << 10, ClusterSize: 4096}, queues: 1, ops: 100, mix: packedMix},
 	{name: "packed, queues", opts: CreateOptions{Size: 128 << 10, ClusterSize: 4096, RefcountBits: 4}, queues: 3, ops: 40, mix: packedMix},
 	{name: "packed, 512", opts: CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 2}, queues: 1, ops: 100, mix: packedMix + " reopen"},
-	{name: "resized", opts: CreateOptions{Size: 96 << 10, ClusterSize: 512}, queues: 2, ops: 50, mix: mixedMix + " resize resize"},
+	{name: "resized", opts: CreateOptions{Size: 96 << 10, ClusterSize: 512}, queues: 2, ops: 50, mix: resizeMix},
 	{name: "resized, long backing", opts: CreateOptions{Size: 64 << 10, ClusterSize: 1024, RefcountBits: 64}, under: 96 << 10, queues: 1, ops: 80, mix: mixedMix + " resize resize"},
 	{name: "resized, snapshot", opts: CreateOptions{Size: 64 << 10, ClusterSize: 512}, prepare: snapshotted(48 << 10), queues: 1, ops: 60, mix: "write write pack discard flush resize resize reopen"},
 	{name: "host full", opts: CreateOptions{Size: 128 << 10, ClusterSize: 512}, under: 32 << 10, queues: 2, ops: 60, mix: mixedMix, fails: 8},

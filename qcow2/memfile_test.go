@@ -43,7 +43,7 @@ type event struct {
 	kind eventKind
 	off  int64 // the length, of evTruncate
 	data []byte
-	note any
+	note string
 	sync int // index in the log of the sync's beginning
 }
 
@@ -69,12 +69,11 @@ func (f *memFile) check(op string) error {
 	return f.fail(op)
 }
 
-// record adds e to the log, if there is one, and returns its index. mu is held.
-func (f *memFile) record(e event) int {
+// record adds e to the log if f records. mu is held.
+func (f *memFile) record(e event) {
 	if f.rec {
 		f.log = append(f.log, e)
 	}
-	return len(f.log) - 1
 }
 
 func (f *memFile) ReadvAt(iov [][]byte, off int64) error {
@@ -174,11 +173,12 @@ func barrierSite() string {
 	return "?"
 }
 
-// mark adds a note to the log and returns its index.
-func (f *memFile) mark(note any) int {
+// mark adds a note to the log, even if it has nothing else, and returns its index.
+func (f *memFile) mark(note string) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.record(event{kind: evMark, note: note})
+	f.log = append(f.log, event{kind: evMark, note: note})
+	return len(f.log) - 1
 }
 
 // Punch is a write of zeros, of which a power cut may keep any part.

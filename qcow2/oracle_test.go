@@ -5,10 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -19,8 +21,6 @@ type oracles struct {
 	run  *crashRun
 	r    *rand.Rand
 	more workload // the steps with which work goes on
-	// first is the disk at the beginning.
-	first []byte
 	// qemuEvery, moreEvery and repairEvery say how many different states each
 	// of the slower oracles has one of; 0 is none.
 	qemuEvery, moreEvery, repairEvery int
@@ -51,10 +51,8 @@ func (c counts) String() string {
 func newOracles(t testing.TB, run *crashRun, w workload, r *rand.Rand) *oracles {
 	t.Helper()
 	w.queues, w.ops, w.fails = 1, 25, 0
-	first, err := run.verify(t, state{data: run.start})
-	must(t, err)
 	o := &oracles{
-		t: t, run: run, r: r, more: w, first: first, hash: maphash.MakeSeed(), known: map[uint64]struct{}{},
+		t: t, run: run, r: r, more: w, hash: maphash.MakeSeed(), known: map[uint64]struct{}{},
 		qemuEvery: 100, moreEvery: 20, repairEvery: 10,
 	}
 	if _, err := exec.LookPath("qemu-img"); err != nil {
@@ -86,7 +84,7 @@ func (o *oracles) judgeState(s state) error {
 	if err != nil || seen {
 		return err
 	}
-	if s.data[offAutoclear] != 0 && !bytes.Equal(disk, o.first) {
+	if s.data[offAutoclear] != 0 && !bytes.Equal(disk, o.run.disk) {
 		return errors.New("an unknown autoclear bit stands beside changed data")
 	}
 	if o.due(o.qemuEvery, 1) {
@@ -133,21 +131,22 @@ func (run *crashRun) verify(t testing.TB, s state) ([]byte, error) {
 	if err := m.ReadvAt([][]byte{disk}, 0); err != nil {
 		return nil, err
 	}
-	return disk, run.judgeDisk(disk, func(h *history, value uint64) error { return h.after(s.cut, value) })
+	sectors, length := run.flushed(s.cut)
+	if err := run.length.may(uint64(len(disk)/sector), length, s.cut); err != nil {
+		return nil, fmt.Errorf("the disk's length %w", err)
+	}
+	return disk, run.judgeSectors(0, disk, sectors, s.cut)
 }
 
-// judgeDisk applies judge to the length of the disk and to each of its sectors.
-func (run *crashRun) judgeDisk(disk []byte, judge func(h *history, value uint64) error) error {
-	length := uint64(len(disk)) / sector
-	if err := judge(&run.length, length); err != nil {
-		return fmt.Errorf("the disk's length %w", err)
-	}
-	for lba := range length {
-		seq, err := readStamp(disk[lba*sector:], lba)
+// judgeSectors returns an error unless the sectors from lba on may be what b has
+// for a reader who began at from and ended at to.
+func (run *crashRun) judgeSectors(lba uint64, b []byte, from, to int) error {
+	for ; len(b) > 0; lba, b = lba+1, b[sector:] {
+		seq, err := readStamp(b, lba)
 		if err != nil {
 			return err
 		}
-		if err := judge(&run.sectors[lba], seq); err != nil {
+		if err := run.sectors[lba].may(seq, from, to); err != nil {
 			return fmt.Errorf("sector %d %w", lba, err)
 		}
 	}
@@ -175,7 +174,7 @@ func (o *oracles) witness(data, disk []byte) error {
 	}
 	qemu(o.t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", "snapshot.name=s", path, raw)
 	got, err = os.ReadFile(raw) // as long as the disk is now
-	if n := min(len(got), len(o.first)); err != nil || !bytes.Equal(got[:n], o.first[:n]) {
+	if n := min(len(got), len(o.run.disk)); err != nil || !bytes.Equal(got[:n], o.run.disk[:n]) {
 		return fmt.Errorf("QEMU reads other data from the snapshot (%w)", err)
 	}
 	return nil
@@ -207,12 +206,11 @@ func (o *oracles) goOn(data, disk []byte) error {
 	next := o.run.resume(data, disk)
 	next.m = next.open(o.t, next.f, false)
 	next.play(o.t, o.more, o.r)
-	closeImage(o.t, next.m)
+	must(o.t, next.close())
 	if err := checkState(next.f.data); err != nil {
 		return fmt.Errorf("after going on: %w", err)
 	}
-	next.flushAll()
-	if _, err := next.verify(o.t, state{cut: len(next.f.log), data: next.f.data}); err != nil {
+	if _, err := next.verify(o.t, state{cut: math.MaxInt, data: next.f.data}); err != nil {
 		return fmt.Errorf("after going on: %w", err)
 	}
 	return nil
@@ -221,32 +219,14 @@ func (o *oracles) goOn(data, disk []byte) error {
 // resume returns a run that begins with the given file, whose disk is known.
 func (run *crashRun) resume(data, disk []byte) *crashRun {
 	next := &crashRun{
-		path: run.path, start: data, past: run.past + 1<<20,
-		f:      &memFile{data: append([]byte(nil), data...), rec: true},
+		path: run.path, start: data, disk: disk, opts: run.opts,
+		f:      &memFile{data: slices.Clone(data), rec: true},
 		length: newHistory(uint64(len(disk)) / sector),
 	}
+	next.seq.Store(run.seq.Load() + 1)
 	for lba := range uint64(len(disk)) / sector {
-		seq, _ := readStamp(disk[lba*sector:], lba) // verified
+		seq, _ := readStamp(disk[lba*sector:], lba) // verified, or of no stamps
 		next.sectors = append(next.sectors, newHistory(seq))
 	}
 	return next
-}
-
-// flushAll notes that all that has succeeded is durable.
-func (run *crashRun) flushAll() {
-	pos := run.f.mark("flush")
-	for i := range run.sectors {
-		s := &run.sectors[i]
-		s.flushed(pos, s.done)
-	}
-	run.length.flushed(pos, run.length.done)
-}
-
-// crashed notes that what was not flushed may be lost, and clusters leaked.
-func (run *crashRun) crashed() {
-	run.leaky = true
-	for i := range run.sectors {
-		run.sectors[i].crashed()
-	}
-	run.length.crashed()
 }

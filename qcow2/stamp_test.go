@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 const sector = 512
@@ -53,75 +54,50 @@ func stamped(b []byte) bool {
 }
 
 // history is what became of one number: the stamp of a sector, or the length of
-// the disk. Places in it are positions in the log of the file.
+// the disk. Times in it are positions in the log of the file.
 type history struct {
-	changes []change // in the order in which they began, the first at the start
-	floors  []floor  // what flushes made durable, ascending
-	done    int      // the last change that succeeded, by index
+	changes []*change // in the order in which they began, the first at the start
 }
 
-// change is the number's becoming value, begun at pos.
+// change is a number's becoming value.
 type change struct {
-	pos   int
-	value uint64
+	value      uint64
+	begin, end int
+	// done means that it succeeded. Otherwise it may or may not have come
+	// about, even after its end.
+	done bool
 }
-
-// floor says that from pos on, the number is that of a change or a later one.
-type floor struct{ pos, change int }
 
 // newHistory begins with a value that is durable.
 func newHistory(value uint64) history {
-	return history{changes: []change{{pos: -1, value: value}}}
+	return history{changes: []*change{{value: value, begin: -2, end: -1, done: true}}}
 }
 
-// begin notes that the number is going to be value.
-func (h *history) begin(pos int, value uint64) {
-	h.changes = append(h.changes, change{pos, value})
-}
-
-// finish notes that the change begun last has succeeded. One that failed may or
-// may not have come about.
-func (h *history) finish() { h.done = len(h.changes) - 1 }
-
-// flushed notes that at pos a flush succeeded that began when the change with
-// index done was the last.
-func (h *history) flushed(pos, done int) {
-	if k := len(h.floors) - 1; k < 0 || h.floors[k].change < done {
-		h.floors = append(h.floors, floor{pos, done})
-	}
-}
-
-// crashed notes that all but what was flushed may be lost.
-func (h *history) crashed() {
-	h.done = 0
-	if k := len(h.floors) - 1; k >= 0 {
-		h.done = h.floors[k].change
-	}
-}
-
-// after returns an error unless the number may be value after a power cut that
-// left only the first at events of the log.
-func (h *history) after(at int, value uint64) error {
-	from := 0
-	for _, f := range h.floors {
-		if f.pos < at {
-			from = f.change
-		}
-	}
-	for _, c := range h.changes[from:] {
-		if c.value == value && c.pos < at {
+// may returns an error unless the number may be value for a reader who began at
+// from and ended at to. After a power cut at to that is one who began with the
+// last flush that succeeded.
+func (h *history) may(value uint64, from, to int) error {
+	for _, c := range slices.Backward(h.changes) {
+		if c.value == value && c.begin < to && !h.superseded(c, from) {
 			return nil
 		}
 	}
-	return fmt.Errorf("is %d where %d was flushed", value, h.changes[from].value)
-}
-
-// now returns an error unless the number may be value while the image is open.
-func (h *history) now(value uint64) error {
-	for _, c := range h.changes[h.done:] {
-		if c.value == value {
-			return nil
+	var last *change
+	for _, c := range h.changes {
+		if c.done && c.end < from {
+			last = c
 		}
 	}
-	return fmt.Errorf("is %d, not %d", value, h.changes[h.done].value)
+	return fmt.Errorf("is %d, not %d", value, last.value)
+}
+
+// superseded reports whether a change that began after the end of c had succeeded
+// before from.
+func (h *history) superseded(c *change, from int) bool {
+	for _, b := range slices.Backward(h.changes) {
+		if b.done && b.begin > c.end && b.end < from {
+			return true
+		}
+	}
+	return false
 }

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 )
@@ -40,6 +42,7 @@ type workload struct {
 const (
 	mixedMix  = "write write write write write write write read zero punch discard flush flush"
 	stormMix  = "write write read zero punch punch discard discard discard flush"
+	resizeMix = "write write write write fill read zero punch flush flush resize"
 	packedMix = "pack pack pack pack write read discard flush"
 	growthMix = "write write write fill zero discard flush"
 )
@@ -56,6 +59,7 @@ type step struct {
 var steps = map[string]step{
 	"write":   {do: (*worker).write},
 	"pack":    {do: (*worker).pack},
+	"resize":  {do: (*worker).resize},
 	"read":    {do: (*worker).read},
 	"fill":    {do: (*worker).fill},
 	"zero":    {do: func(w *worker) error { return w.erase(eraseWrite) }},
@@ -63,7 +67,6 @@ var steps = map[string]step{
 	"discard": {do: func(w *worker) error { return w.erase(eraseDiscard) }},
 	"flush":   {do: (*worker).flush},
 	"reopen":  {do: (*worker).reopen, alone: true},
-	"resize":  {do: (*worker).resize, alone: true},
 }
 
 // crashRun is an image, its file, and what its sectors may be.
@@ -71,17 +74,42 @@ type crashRun struct {
 	f     *memFile
 	path  string // the image's, beside its backing file
 	start []byte // the file at the beginning
+	disk  []byte // and its contents
+	opts  Options
 
-	mu      sync.Mutex // guards sectors and length, taken before f.mu
+	mu      sync.Mutex // guards what follows up to seq; taken before f.mu
 	sectors []history
 	length  history // of the disk in sectors
-	past    uint64  // sequence numbers used by what went before
-	leaky   bool    // whether there may be leaks after Close
+	flushes []flush
+	leaky   bool // whether there may be leaks after Close
+
+	seq atomic.Uint64 // sequence number of the last write
 	// tolerate says which errors of a step are to be expected; none if nil.
 	tolerate func(error) bool
 
 	turn sync.RWMutex // held by each step, exclusively by those that are alone
 	m    *Image       // changes only while turn is held exclusively
+}
+
+// flush is a flush that succeeded, by positions in the log.
+type flush struct {
+	begin, end int
+	// length is set if it is only for the length of the disk.
+	length bool
+}
+
+// flushed returns the beginning of the last flush that had succeeded before at,
+// for the sectors and for the length of the disk.
+func (run *crashRun) flushed(at int) (sectors, length int) {
+	for _, f := range run.flushes {
+		if f.end < at {
+			length = max(length, f.begin)
+			if !f.length {
+				sectors = max(sectors, f.begin)
+			}
+		}
+	}
+	return sectors, length
 }
 
 // newRun makes the image that a workload starts from.
@@ -142,7 +170,9 @@ func compressedRun(t testing.TB, size, clusterSize int64) *crashRun {
 
 func (run *crashRun) open(t testing.TB, f *memFile, readOnly bool) *Image {
 	t.Helper()
-	m, err := run.openIn(f, Options{ReadOnly: readOnly})
+	opts := run.opts
+	opts.ReadOnly = readOnly
+	m, err := run.openIn(f, opts)
 	must(t, err)
 	return m
 }
@@ -163,7 +193,7 @@ func record(t testing.TB, w workload, r *rand.Rand, noBarrier func(site string) 
 	}
 	run.play(t, w, r)
 	run.f.fail = nil
-	must(t, run.m.Close())
+	must(t, run.close())
 	run.noLeaks(t)
 	return run
 }
@@ -193,8 +223,8 @@ func (run *crashRun) play(t testing.TB, w workload, r *rand.Rand) {
 	t.Helper()
 	mix := strings.Fields(w.mix)
 	var wg sync.WaitGroup
-	for g := range w.queues {
-		wk := &worker{run: run, r: rand.New(rand.NewPCG(r.Uint64(), 0)), g: uint64(g), n: uint64(w.queues), seq: run.past + 2}
+	for range w.queues {
+		wk := &worker{run: run, r: rand.New(rand.NewPCG(r.Uint64(), 0))}
 		wg.Go(func() {
 			for range w.ops {
 				name := mix[wk.r.IntN(len(mix))]
@@ -208,15 +238,16 @@ func (run *crashRun) play(t testing.TB, w workload, r *rand.Rand) {
 	wg.Wait()
 }
 
-func (run *crashRun) expected(err error) bool { return run.tolerate != nil && run.tolerate(err) }
+// expected reports whether a step may fail with err: while the disk is resized,
+// what another worker writes to may go.
+func (run *crashRun) expected(err error) bool {
+	return errors.Is(err, ErrRange) || run.tolerate != nil && run.tolerate(err)
+}
 
-// worker is one goroutine of a workload. All share clusters; none shares
-// sectors.
+// worker is one goroutine of a workload. Ranges of several may overlap.
 type worker struct {
-	run  *crashRun
-	r    *rand.Rand
-	g, n uint64 // it is worker g of n
-	seq  uint64 // of its next write
+	run *crashRun
+	r   *rand.Rand
 }
 
 func (w *worker) step(s step) error {
@@ -230,37 +261,16 @@ func (w *worker) step(s step) error {
 	return s.do(w)
 }
 
-// coarse is how many sectors in a row one worker owns in the upper half of the
-// disk, whole clusters of up to 8 KiB. In the lower half each owns every n-th.
-const coarse = 16
-
 // total is the length of the disk in sectors.
-func (w *worker) total() uint64 { return uint64(w.run.m.Size()) / sector }
+func (w *worker) total() uint64 { return uint64(w.run.m.Size() / sector) }
 
-// pick returns a range of sectors that the worker owns.
+// pick returns a range of sectors of the disk.
 func (w *worker) pick() (lba, n uint64) {
 	total := w.total()
-	half := total / 2
-	switch {
-	case w.n == 1:
-		n = 1 + w.r.Uint64N(12<<(2*w.r.UintN(2)))
-		lba = w.r.Uint64N(total - n + 1)
-		if w.r.IntN(3) == 0 {
-			lba %= min(64, total-n+1) // a hot spot
-		}
-	case w.r.IntN(2) == 0:
-		n = 1
-		lba = w.r.Uint64N(half/w.n)*w.n + w.g
-		if w.r.IntN(3) == 0 {
-			lba = w.r.Uint64N(16)*w.n + w.g
-		}
-	default:
-		at := w.r.Uint64N(coarse)
-		n = 1 + w.r.Uint64N(coarse-at)
-		if w.r.IntN(3) == 0 {
-			at, n = 0, coarse
-		}
-		lba = half + (w.r.Uint64N((total-half)/coarse/w.n)*w.n+w.g)*coarse + at
+	n = min(1+w.r.Uint64N(12<<(2*w.r.UintN(2))), total)
+	lba = w.r.Uint64N(total - n + 1)
+	if w.r.IntN(3) == 0 {
+		lba %= min(64, total-n+1) // a hot spot
 	}
 	return lba, n
 }
@@ -269,20 +279,27 @@ func (w *worker) pick() (lba, n uint64) {
 func (w *worker) change(lba, n, value uint64, do func() error) error {
 	run := w.run
 	run.mu.Lock()
-	pos := run.f.mark("change")
+	c := run.begin(value)
 	for i := lba; i < lba+n; i++ {
-		run.sectors[i].begin(pos, value)
+		h := &run.sectors[i]
+		h.changes = append(h.changes, c)
 	}
 	run.mu.Unlock()
-	if err := do(); err != nil {
-		return err
-	}
+	err := do()
+	run.end(c, err)
+	return err
+}
+
+// begin returns a change that begins now. mu is held.
+func (run *crashRun) begin(value uint64) *change {
+	return &change{value: value, begin: run.f.mark("begin"), end: math.MaxInt}
+}
+
+// end ends a change.
+func (run *crashRun) end(c *change, err error) {
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	for i := lba; i < lba+n; i++ {
-		run.sectors[i].finish()
-	}
-	return nil
+	c.end, c.done = run.f.mark("end"), err == nil
 }
 
 func (w *worker) write() error {
@@ -291,54 +308,27 @@ func (w *worker) write() error {
 }
 
 func (w *worker) writeRange(lba, n uint64) error {
-	seq := w.seq
-	w.seq++
+	seq := w.run.seq.Add(1)
 	return w.change(lba, n, seq, func() error {
 		_, err := w.run.m.WriteAt(stamps(lba, n, seq), int64(lba)*sector)
 		return err
 	})
 }
 
-// pack writes one cluster compressed, of those that the worker owns as a whole.
+// fill writes a long range.
+func (w *worker) fill() error {
+	lba, _ := w.pick()
+	return w.writeRange(lba, 1+w.r.Uint64N(min(w.total()-lba, 200)))
+}
+
+// pack writes one cluster compressed.
 func (w *worker) pack() error {
 	m := w.run.m
 	per := uint64(m.clusterSize / sector)
-	total := w.total()
-	lba := w.r.Uint64N(total/per) * per
-	if w.n > 1 {
-		lba = total/2 + (w.r.Uint64N(total/2/coarse/w.n)*w.n+w.g)*coarse
-	}
-	seq := w.seq
-	w.seq++
-	return w.change(lba, per, seq, func() error { return m.WriteCompressed(stamps(lba, per, seq), int64(lba)*sector) })
-}
-
-// read reads sectors of the worker's own.
-func (w *worker) read() error {
-	lba, n := w.pick()
-	b := make([]byte, n*sector)
-	if _, err := w.run.m.ReadAt(b, int64(lba)*sector); err != nil {
-		return err
-	}
-	w.run.mu.Lock()
-	defer w.run.mu.Unlock()
-	for i := range n {
-		seq, err := readStamp(b[i*sector:], lba+i)
-		if err == nil {
-			err = w.run.sectors[lba+i].now(seq)
-		}
-		if err != nil {
-			return fmt.Errorf("sector %d: %w", lba+i, err)
-		}
-	}
-	return nil
-}
-
-// fill writes a long range, for a worker that is the only one.
-func (w *worker) fill() error {
-	lba, most := w.pick()
-	most = min(w.total()-lba, 200)
-	return w.writeRange(lba, 1+w.r.Uint64N(most))
+	lba := w.r.Uint64N((w.total()+per-1)/per) * per
+	n := min(per, w.total()-lba)
+	seq := w.run.seq.Add(1)
+	return w.change(lba, n, seq, func() error { return m.WriteCompressed(stamps(lba, n, seq), int64(lba)*sector) })
 }
 
 func (w *worker) erase(how int) error {
@@ -352,43 +342,75 @@ func (w *worker) erase(how int) error {
 	return w.change(lba, n, 0, func() error { return eraser(m, how)(off, size) })
 }
 
-// flush makes all that has succeeded before durable, whoever did it.
-func (w *worker) flush() error {
+// read reads sectors, which may be what they were or became meanwhile.
+func (w *worker) read() error {
+	run := w.run
+	lba, n := w.pick()
+	b := make([]byte, n*sector)
+	from := run.f.mark("begin")
+	if _, err := run.m.ReadAt(b, int64(lba)*sector); err != nil {
+		return err
+	}
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	return run.judgeSectors(lba, b, from, run.f.mark("end"))
+}
+
+// resize makes the disk longer or shorter, by up to a half of its first length.
+// What it gains is zero, what it loses will be.
+func (w *worker) resize() error {
+	first := int64(len(w.run.disk))
+	size := (first/2 + w.r.Int64N(first)) &^ (sector - 1)
 	run := w.run
 	run.mu.Lock()
-	done := make([]int, len(run.sectors))
-	for i := range run.sectors {
-		done[i] = run.sectors[i].done
+	from := uint64(min(size, run.m.Size()) / sector)
+	length, lost := run.begin(uint64(size/sector)), run.begin(0)
+	run.length.changes = append(run.length.changes, length)
+	for uint64(len(run.sectors)) < uint64(size/sector) {
+		run.sectors = append(run.sectors, newHistory(0))
 	}
-	length := run.length.done
+	for i := from; i < uint64(len(run.sectors)); i++ {
+		run.sectors[i].changes = append(run.sectors[i].changes, lost)
+	}
 	run.mu.Unlock()
+	opts := ResizeOptions{Shrink: true}
+	if size > run.m.Size() {
+		opts.Preallocation = [...]Preallocation{0, 0, PreallocateMetadata, PreallocateFalloc, PreallocateFull}[w.r.IntN(5)]
+	}
+	err := run.m.Resize(context.Background(), size, opts)
+	run.end(length, err)
+	run.end(lost, err)
+	if err != nil {
+		return err
+	}
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	run.flushes = append(run.flushes, flush{begin: run.f.mark("begin"), end: run.f.mark("flush"), length: true})
+	return nil
+}
+
+// flush makes all that has succeeded before durable.
+func (w *worker) flush() error {
+	run := w.run
+	from := run.f.mark("begin")
 	if err := run.m.Flush(); err != nil {
 		return err
 	}
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	pos := run.f.mark("flush")
-	for i := range done {
-		run.sectors[i].flushed(pos, done[i])
-	}
-	run.length.flushed(pos, length)
+	run.flushes = append(run.flushes, flush{begin: from, end: run.f.mark("flush")})
 	return nil
 }
 
 // reopen closes the image, which flushes it, and opens it again.
 func (w *worker) reopen() error {
 	run := w.run
-	err := run.m.Close()
-	if err == nil {
-		run.flushAll()
-	} else {
-		run.crashed()
-	}
-	m, failed := run.openIn(run.f, Options{})
+	err := run.close()
+	m, failed := run.openIn(run.f, run.opts)
 	if failed != nil {
 		fail := run.f.fail
 		run.f.fail = nil
-		if m, err = run.openIn(run.f, Options{}); err != nil {
+		if m, err = run.openIn(run.f, run.opts); err != nil {
 			return err
 		}
 		run.f.fail = fail
@@ -397,42 +419,21 @@ func (w *worker) reopen() error {
 	return errors.Join(err, failed)
 }
 
-// resize makes the disk longer or shorter, by up to a half of its first length.
-// What a disk loses is still there as long as it has its old length, and zero when
-// it is longer again.
-func (w *worker) resize() error {
-	run := w.run
-	old, first := w.total(), run.length.changes[0].value
-	n := max(first/2+w.r.Uint64N(first), 64) // as much as pick takes
-	run.mu.Lock()
-	pos := run.f.mark("change")
-	run.length.begin(pos, n)
-	for i := old; i < uint64(len(run.sectors)); i++ {
-		run.sectors[i].begin(pos, 0) // if a failed resize has lost it
-		run.sectors[i].finish()
-	}
-	for uint64(len(run.sectors)) < n {
-		run.sectors = append(run.sectors, newHistory(0))
-	}
-	run.mu.Unlock()
-	opts := ResizeOptions{Shrink: true}
-	if n > old {
-		opts.Preallocation = [...]Preallocation{0, 0, PreallocateMetadata, PreallocateFalloc, PreallocateFull}[w.r.IntN(5)]
-	}
-	err := run.m.Resize(context.Background(), int64(n)*sector, opts)
-	run.mu.Lock()
-	defer run.mu.Unlock()
-	pos = run.f.mark("flush")
+// close closes the image, of which nothing else makes use.
+func (run *crashRun) close() error {
+	from := run.f.mark("begin")
+	err := run.m.Close()
+	end := run.f.mark("flush")
 	if err == nil {
-		run.length.finish()
-		run.length.flushed(pos, run.length.done)
+		run.flushes = append(run.flushes, flush{begin: from, end: end})
+		return nil
 	}
-	for i := w.total(); i < old; i++ {
-		s := &run.sectors[i]
-		s.begin(pos, 0)
-		s.finish()
-		if err == nil {
-			s.flushed(pos, s.done)
+	// What was not flushed may be lost, and clusters leaked.
+	run.leaky = true
+	last, _ := run.flushed(end)
+	for _, h := range run.sectors {
+		for _, c := range h.changes {
+			c.done = c.done && c.end < last
 		}
 	}
 	return err
