@@ -96,11 +96,15 @@ type claim struct {
 // filled. Until it is published, reads see the old contents.
 type allocation struct {
 	claim
-	host   extent
-	reused bool  // host clusters that the L2 entries reserve already
-	first  entry // what the first and the last guest cluster were
-	last   entry
-	slice  *slice
+	host extent
+	// reused says that the host clusters are those that the L2 entries have
+	// already, with room for what is not in them.
+	reused bool
+	// [from, to) are the guest bytes that are filled. It begins and ends with
+	// subclusters, but for those that need no more than the request brings.
+	from, to    int64
+	first, last entry // what the first and the last guest cluster were
+	slice       *slice
 }
 
 func (a *claim) end() uint64 { return a.guest + a.n }

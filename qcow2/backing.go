@@ -104,11 +104,8 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 			Mend: rebaseHint(path),
 		}
 	}
-	target := name
-	if !filepath.IsAbs(name) {
-		target = filepath.Join(filepath.Dir(path), name)
-	}
-	f, err := openTrusted(path, target, append([]string{c.dir}, c.dirs...))
+	target := besideImage(path, name)
+	f, err := c.openTrusted("backing file", path, target, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
@@ -117,6 +114,15 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 	}
 	opts.ReadOnly, opts.Snapshot = true, ""
 	return asBacking(openLocked(f, target, opts, c))
+}
+
+// besideImage is the path of the file that the image at path names: a relative
+// name counts from the directory of the image.
+func besideImage(path, name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(path), name)
 }
 
 // asBacking keeps a nil *Image from becoming a backing that is not nil.
@@ -170,22 +176,24 @@ func resolveDirs(dirs []string) []string {
 	return resolved
 }
 
-// openTrusted opens target for reading iff it lies, all symbolic links resolved,
-// inside one of allowed, which are resolved already.
-func openTrusted(image, target string, allowed []string) (*os.File, error) {
+// openTrusted opens target, which the image names as its what, iff it lies, all
+// symbolic links resolved, in the directory of the last layer or in one that the
+// caller allows.
+func (c *chain) openTrusted(what, image, target string, flags int) (*os.File, error) {
+	allowed := append([]string{c.dir}, c.dirs...)
 	resolved, err := filepath.EvalSymlinks(target)
 	if err == nil {
 		resolved, err = filepath.Abs(resolved)
 	}
-	cannot := &Error{Path: image, What: fmt.Sprintf("its backing file %s cannot be opened", shown(target))}
+	cannot := &Error{Path: image, What: fmt.Sprintf("its %s %s cannot be opened", what, shown(target))}
 	if err != nil {
 		cannot.Err = withoutPath(err)
 		return nil, cannot
 	}
 	if !insideAny(resolved, allowed) {
-		return nil, outside(image, target, resolved)
+		return nil, outside(what, image, target, resolved)
 	}
-	f, err := openRegular(resolved, os.O_RDONLY|unix.O_NOFOLLOW)
+	f, err := openRegular(resolved, flags|unix.O_NOFOLLOW)
 	if err != nil {
 		cannot.Err = err
 		return nil, cannot
@@ -194,23 +202,23 @@ func openTrusted(image, target string, allowed []string) (*os.File, error) {
 	// have, so its own name decides.
 	opened, err := openPath(f)
 	if err != nil {
-		refused := &Error{Path: image, Kind: ErrBackingRefused, What: "where its backing file lies cannot be checked", Err: err}
+		refused := &Error{Path: image, Kind: ErrBackingRefused, What: "where its " + what + " lies cannot be checked", Err: err}
 		return nil, errors.Join(refused, f.Close())
 	}
 	if !insideAny(opened, allowed) {
-		return nil, errors.Join(outside(image, target, opened), f.Close())
+		return nil, errors.Join(outside(what, image, target, opened), f.Close())
 	}
 	return f, nil
 }
 
-func outside(image, target, resolved string) error {
+func outside(what, image, target, resolved string) error {
 	e := &Error{
 		Path: image, Kind: ErrBackingRefused,
-		What: fmt.Sprintf("its backing file %s lies outside the directory of the image", shown(target)),
+		What: fmt.Sprintf("its %s %s lies outside the directory of the image", what, shown(target)),
 		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", shown(filepath.Dir(resolved))),
 	}
 	if resolved != target {
-		e.What = fmt.Sprintf("its backing file %s, which is %s, lies outside the directory of the image", shown(target), shown(resolved))
+		e.What = fmt.Sprintf("its %s %s, which is %s, lies outside the directory of the image", what, shown(target), shown(resolved))
 	}
 	return e
 }

@@ -148,7 +148,7 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	if err != nil {
 		return nil, err
 	}
-	if err := x.h.checkKnown(ext.features); err != nil {
+	if err := x.h.checkFeatures(ext.features); err != nil {
 		return nil, err
 	}
 	if x.h.autoclear>>autoclearBitmaps&1 != 0 { // otherwise they are void

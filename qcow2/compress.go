@@ -88,10 +88,10 @@ func (d *decoder) forget() {
 	d.decoded.Purge()
 }
 
-// readCompressed fills iov from the bytes at in of the compressed cluster e. The
-// caller has e pinned.
-func (m *Image) readCompressed(e entry, iov [][]byte, in int64) error {
-	data, err := m.decoder.get(place{e.host, e.size}, m.decompress)
+// readCompressed fills iov from the bytes at in of the compressed cluster at p. The
+// caller has it pinned.
+func (m *Image) readCompressed(p place, iov [][]byte, in int64) error {
+	data, err := m.decoder.get(p, m.decompress)
 	if err != nil {
 		return err
 	}

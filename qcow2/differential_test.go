@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -360,10 +359,7 @@ func (d *diff) discarded(off, n int64) (int64, int64) {
 // judge compares the image with the model and checks it, by both tools.
 func (d *diff) judge() {
 	d.Helper()
-	m, err := Open(d.path, Options{})
-	if errors.Is(err, ErrUnsupported) {
-		d.Skip(err)
-	}
+	m, err := Open(d.path, Options{DataFile: true})
 	if err != nil {
 		d.Fatal(err)
 	}
@@ -371,7 +367,8 @@ func (d *diff) judge() {
 	compare(d, d.dir, d.path, d.model)
 	if d.is(dimData, "raw") {
 		b, err := os.ReadFile(filepath.Join(d.dir, "data.raw"))
-		if err != nil || string(b) != string(d.model) {
+		// QEMU makes it end with a cluster.
+		if err != nil || len(b) < len(d.model) || string(b[:len(d.model)]) != string(d.model) {
 			d.Errorf("the raw data file differs from the disk (%v)", err)
 		}
 	}

@@ -17,8 +17,8 @@
 //
 // # What is not done, and said by name
 //
-// Encryption, external data files, extended L2 entries and unknown incompatible
-// features are refused with ErrUnsupported. An image that is marked corrupt is
+// Encryption and unknown incompatible features are refused with ErrUnsupported, an
+// external data file with ErrBackingRefused unless Options allow it. An image that is marked corrupt is
 // opened for reading only, until Repair has made it sound. WriteCompressed makes
 // compressed clusters; any other write to one makes it a normal cluster. Internal
 // snapshots are kept, as what they share is copied before it is written, and may
@@ -67,6 +67,15 @@
 // Whole clusters are made zero by a flag in their entries, which hides the
 // backing file; those that the image owns stay where they are, and their holes
 // are punched, without the lock, while the guest range is registered.
+//
+// With extended L2 entries all this holds for the 32 subclusters of a cluster:
+// each has its data in the host cluster, or is zero, or shows the backing file. A
+// cluster with a standard entry is one subcluster, so the code knows no other
+// difference. In an external data file each cluster has its place from the start:
+// nothing is allocated there but in the tables, and nothing is counted.
+//
+// What changes the image as a whole runs exclusively: new requests wait, those
+// under way end first, and no commit runs.
 //
 // One goroutine per writable image commits in the background when the dirty
 // slices become many; Close stops it.

@@ -13,7 +13,7 @@ const (
 	roomKept     room = iota // a write to the range needs no new ones
 	roomGiven                // the host gets their space back
 	roomOptional             // and nothing is written to make zeros
-	roomDropped              // the range is not part of the disk any more
+	roomDropped              // the range, of whole clusters, is not part of the disk any more
 )
 
 // WriteZeroes makes the n bytes at off read as zero. Clusters that the image
@@ -24,15 +24,16 @@ func (m *Image) WriteZeroes(off, n int64) error { return m.erase(off, n, roomKep
 // clusters back to the host, where its file system can take it.
 func (m *Image) PunchHole(off, n int64) error { return m.erase(off, n, roomGiven) }
 
-// Discard is PunchHole for the whole clusters in the n bytes at off; what the
-// range has of others stays. The contents of a backing file do not show. Only
-// in an image of version 2, which cannot hide them, a cluster over a backing
-// file stays as it is.
+// Discard is PunchHole for the whole pieces of DiscardGranularity in the n bytes
+// at off; what the range has of others stays. The contents of a backing file do
+// not show. What would take room stays as it is: in an image of version 2, which
+// cannot hide them, a cluster over a backing file; with extended L2 entries, a
+// part of a compressed cluster.
 func (m *Image) Discard(off, n int64) error { return m.erase(off, n, roomOptional) }
 
 // DiscardGranularity is the size in bytes of the aligned pieces that Discard
-// frees.
-func (m *Image) DiscardGranularity() int64 { return m.clusterSize }
+// frees: clusters, or with extended L2 entries their 32 subclusters.
+func (m *Image) DiscardGranularity() int64 { return m.grain() }
 
 // erase makes [off, off+n) zero.
 func (m *Image) erase(off, n int64, how room) error {
@@ -65,10 +66,12 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 	if empty := m.emptyTable(off); empty > 0 {
 		return min(n, empty), nil
 	}
-	part := min(n, m.clusterSize-m.inCluster(off))
 	size := m.reach.Load()
-	whole := part == m.clusterSize || m.inCluster(off) == 0 && off+part == size
-	if !whole || m.version == 2 && (how == roomKept || m.showsBacking(off)) {
+	part, byFlag, err := m.erasable(off, n, size, how, shard)
+	if err != nil {
+		return 0, err
+	}
+	if !byFlag {
 		if how == roomOptional {
 			return part, nil
 		}
@@ -85,12 +88,40 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 	if err := m.limitDirty(); err != nil {
 		return 0, err
 	}
-	limit := m.cluster(off + n)
-	if off+n == size {
-		limit = m.cluster(size + m.clusterSize - 1)
+	end := off + n
+	if end < size {
+		end &^= m.grain() - 1
 	}
-	end, err := m.eraseClusters(m.cluster(off), limit, how)
-	return min(m.offset(end), off+n) - off, err
+	if m.raw {
+		return m.eraseRaw(off, end, how)
+	}
+	return m.eraseEntries(off, end, end == size, how)
+}
+
+// erasable returns the length of the beginning of [off, off+n) that is treated
+// alike, and whether its entry can say that it is zero; else zeros have to be
+// written. Entries speak of whole subclusters; a compressed cluster has none.
+func (m *Image) erasable(off, n, size int64, how room, shard int) (part int64, byFlag bool, err error) {
+	grain := m.grain()
+	in := off & (grain - 1)
+	part = min(n, grain-in)
+	switch {
+	case in != 0 || part < grain && off+part < size:
+		return part, false, nil
+	case m.version == 2:
+		return part, how != roomKept && !m.showsBacking(off), nil
+	case m.subBits == 0 || m.inCluster(off) == 0 && (n >= m.clusterSize || off+n == size):
+		return part, true, nil
+	}
+	s, err := m.lookup(off, min(n, m.clusterSize-m.inCluster(off)), shard)
+	if err != nil {
+		return 0, false, err
+	}
+	s.pin.leave()
+	if s.kind == kindCompressed {
+		return s.length, false, nil
+	}
+	return part, true, nil
 }
 
 // emptyTable returns how many bytes from off on are zero because there is no L2
@@ -129,112 +160,139 @@ func (m *Image) writeZeros(off, n int64) error {
 	return err
 }
 
-// eraseClusters makes guest clusters from c on zero, all below limit, for a
-// caller that has a pin. It returns the cluster after the last it treated, which
-// is c after it had to wait, or to do something without the lock.
+// eraseEntries makes the beginning of [off, end) zero, which is of whole
+// subclusters, for a caller that has a pin; last says that the disk ends there. It
+// returns how much it treated, which is nothing after it had to wait, or to do
+// something without the lock.
 //
 // The entries change first, all at one instant. Requests that looked the
 // clusters up before may still read and write them; as they run beside this one,
 // either may win. Holes are punched while the range is claimed, so no write that
 // finds the new entries reaches a host cluster before its hole is complete.
-func (m *Image) eraseClusters(c, limit uint64, how room) (uint64, error) {
-	id := m.sliceID(c)
-	i := m.l1Index(id)
-	m.lock()
-	if m.l1[i]&entryCopied == 0 {
-		m.mu.Unlock()
-		return c, m.ownTable(i)
+func (m *Image) eraseEntries(off, end int64, last bool, how room) (int64, error) {
+	c := m.cluster(off)
+	s, err := m.lockSlice(c)
+	if err != nil || s == nil {
+		return 0, err
 	}
-	s := m.cache.find(id)
-	if s == nil {
-		m.mu.Unlock()
-		return c, m.loadSlice(id)
+	n := end - off
+	limit := m.claimable(c, m.cluster(end-1)+1)
+	if stop := m.offset(limit); last && stop >= end {
+		end = stop // what the last cluster has beyond the disk goes with it
+	} else {
+		end = min(end, stop)
 	}
-	limit = min(limit, (id+1)<<m.sliceBits)
-	if other := m.inflight.overlapping(c); other != nil {
-		if other.guest <= c {
-			done := other.wait()
-			m.mu.Unlock()
-			<-done
-			return c, nil
-		}
-		limit = min(limit, other.guest)
-	}
-	end, holes, err := m.eraseEntries(s, c, limit, how)
+	done, holes, err := m.markZero(s, off, end, how)
 	if len(holes) == 0 {
 		m.mu.Unlock()
-		return end, err
+		return min(done, n), err
 	}
-	claimed := &claim{guest: c, n: end - c}
+	claimed := &claim{guest: c, n: m.cluster(off+done-1) + 1 - c}
 	m.inflight.add(claimed)
 	m.mu.Unlock()
-	for _, e := range holes {
-		m.punch(e)
+	for _, h := range holes {
+		m.punch(m.data, h)
 	}
 	m.lock()
 	m.inflight.remove(claimed)
 	m.mu.Unlock()
-	return end, err
+	return min(done, n), err
 }
 
-// eraseEntries changes the entries of guest clusters [c, limit), all mapped by
-// s, to zero. It returns the cluster after the last it changed, and the host
-// clusters to punch. mu is held exclusively.
-func (m *Image) eraseEntries(s *slice, c, limit uint64, how room) (uint64, []extent, error) {
-	var holes []extent
-	for ; c < limit; c++ {
-		at := m.sliceIndex(c)
-		old := s.entries[at]
-		e, err := m.decode(old, c)
-		if err == nil && e.copied {
-			err = m.checkData(e.host)
+// markZero changes the entries of [off, end), all in s, to zero. It returns how
+// much it treated, and what to punch in the file for data. mu is held
+// exclusively.
+func (m *Image) markZero(s *slice, off, end int64, how room) (done int64, holes []hole, err error) {
+	for from := off; from < end; {
+		c := m.cluster(from)
+		next := min(m.offset(c+1), end)
+		subs := m.subs(c, from, next)
+		old, err := m.entryIn(s, c)
+		if err == nil && old.owned() {
+			err = m.checkData(old.host)
 		}
-		if err != nil {
-			return c, holes, err
+		if err != nil || old.compressed && subs != m.allSubs() { // that has to be written
+			return done, holes, err
 		}
-		next := m.erased(old, e, m.offset(c), how)
-		if e.copied && next != 0 && how != roomKept {
-			holes = appendExtent(holes, extent{start: m.cluster(e.host), n: 1})
+		erased := entry{}
+		if how != roomDropped {
+			erased = m.erased(old, subs, m.offset(c))
 		}
-		if next == old {
-			continue
+		if old.owned() && erased.allocated && how != roomKept {
+			holes = appendHole(holes, hole{off: old.host + m.inCluster(from), n: next - from})
 		}
-		if next&entryOffset == 0 {
-			m.unreference(old, c)
+		if old.allocated != erased.allocated || old.compressed {
+			if err := m.checkFreed(&old); err != nil {
+				return done, holes, err
+			}
+			m.unreference(&old)
 		}
-		s.set(at, next)
-		m.cache.markDirty(s)
+		if erased != old {
+			m.store(s, c, erased)
+		}
+		from, done = next, next-off
 	}
-	return c, holes, nil
+	return done, holes, nil
 }
 
-// erased returns the L2 entry that makes the guest cluster at off zero, whose
-// entry is old and decodes to e. A cluster that the image owns stays where it
-// is: that spares the search for another one, and all ordering.
-func (m *Image) erased(old uint64, e entry, off int64, how room) uint64 {
+// erased returns what makes the given subclusters of the guest cluster at off
+// zero, whose entry is e. A host cluster that the image owns stays where it is:
+// that spares the search for another one, and all ordering.
+func (m *Image) erased(e entry, subs uint32, off int64) entry {
 	switch {
-	case how == roomDropped:
-		return 0
 	case m.version == 2:
-		return 0 // no backing file shows here
-	case e.copied:
-		return old | entryZero
-	case e.kind == kindZero, e.kind == kindZeroAlloc && how == roomKept,
-		e.kind == kindUnallocated && !m.showsBacking(off):
-		return old
+		return entry{} // no backing file shows here
+	case e.compressed:
+		return entry{zero: subs}
 	}
-	return entryZero
+	if e.data&subs != 0 || e.zero&subs != subs && m.showsBacking(off) {
+		e.data &^= subs
+		e.zero |= subs
+	}
+	if !e.owned() && e.data == 0 {
+		return entry{zero: e.zero} // nothing is in the host cluster
+	}
+	return e
 }
 
-// punch gives the space of host clusters, whose contents nobody needs, back to
-// the host. Whether the host takes it or fails makes no difference to the image.
-func (m *Image) punch(e extent) {
+// eraseRaw makes the beginning of [off, end) zero in a raw data file, which has to
+// read like the disk without any table, for a caller that has a pin. It returns
+// how much it treated.
+func (m *Image) eraseRaw(off, end int64, how room) (int64, error) {
+	const most = 1 << 20
+	n := min(end-off, most)
+	if how != roomKept {
+		err := m.data.Punch(off, n)
+		if !errors.Is(err, unix.EOPNOTSUPP) {
+			return n, err
+		}
+	}
+	return n, m.data.WritevAt(zeroBuffers(n), off)
+}
+
+// hole is a run of n bytes at off in a file whose contents nobody needs.
+type hole struct{ off, n int64 }
+
+// appendHole appends h to list, merging it with the last hole if it follows.
+func appendHole(list []hole, h hole) []hole {
+	if k := len(list) - 1; k >= 0 && list[k].off+list[k].n == h.off {
+		list[k].n += h.n
+		return list
+	}
+	return append(list, h)
+}
+
+// holeOf is the hole of the clusters of e.
+func (g *geometry) holeOf(e extent) hole { return hole{off: g.offset(e.start), n: g.offset(e.n)} }
+
+// punch gives the space of h in f back to the host. Whether the host takes it or
+// fails makes no difference to the image.
+func (m *Image) punch(f file, h hole) {
 	if m.unpunchable.Load() {
 		return
 	}
-	m.counts.punched.Add(m.pointer(e.n))
-	err := m.file.Punch(m.offset(e.start), m.offset(e.n))
-	if errors.Is(err, unix.EOPNOTSUPP) {
+	m.counts.punched.Add(uint64(h.n)) //nolint:gosec // G115: not negative
+	if errors.Is(f.Punch(h.off, h.n), unix.EOPNOTSUPP) {
 		m.unpunchable.Store(true)
 	}
 }

@@ -28,26 +28,61 @@ func eraser(m *Image, how int) func(off, n int64) error {
 // erase applies eraser how to the image and the model.
 func erase(t testing.TB, m *Image, model []byte, how int, off, n int64) {
 	t.Helper()
+	from, length, kept := off, n, func() {}
+	if how == eraseDiscard {
+		from, length = discarded(m, off, n)
+		kept = keepsPacked(t, m, model, from, length)
+	}
 	if err := eraser(m, how)(off, n); err != nil {
 		t.Fatal(err)
 	}
-	if how == eraseDiscard {
-		off, n = wholeClusters(m, off, n)
-		for ; n > 0 && m.version == 2 && m.showsBacking(off); off, n = off+m.clusterSize, n-m.clusterSize {
+	if length > 0 {
+		clear(model[from : from+length])
+	}
+	kept()
+}
+
+// discarded returns the part of a range that Discard makes zero.
+func discarded(m *Image, off, n int64) (int64, int64) {
+	off, n = wholeClusters(m, off, n)
+	for ; n > 0 && m.version == 2 && m.showsBacking(off); off, n = off+m.clusterSize, n-m.clusterSize {
+	}
+	return off, max(n, 0)
+}
+
+// keepsPacked returns a function that restores in the model what Discard leaves of
+// a range: parts of compressed clusters.
+func keepsPacked(t testing.TB, m *Image, model []byte, off, n int64) func() {
+	t.Helper()
+	kept := map[int64][]byte{}
+	for _, c := range []int64{off &^ (m.clusterSize - 1), (off + n) &^ (m.clusterSize - 1)} {
+		from, to := max(off, c), min(off+n, c+m.clusterSize)
+		if from >= to || to-from == m.clusterSize || from == c && to == m.Size() {
+			continue
+		}
+		s, err := m.lookup(from, to-from, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.pin.leave()
+		if s.kind == kindCompressed {
+			kept[from] = bytes.Clone(model[from:to])
 		}
 	}
-	if n > 0 {
-		clear(model[off : off+n])
+	return func() {
+		for at, b := range kept {
+			copy(model[at:], b)
+		}
 	}
 }
 
-// wholeClusters returns the part of a range that is whole clusters, the last of
+// wholeClusters returns the part of a range that is whole subclusters, the last of
 // the disk included.
 func wholeClusters(m *Image, off, n int64) (int64, int64) {
 	end := off + n
-	off = (off + m.clusterSize - 1) &^ (m.clusterSize - 1)
+	off = (off + m.grain() - 1) &^ (m.grain() - 1)
 	if end < m.Size() {
-		end &^= m.clusterSize - 1
+		end &^= m.grain() - 1
 	}
 	return off, max(end-off, 0)
 }

@@ -40,6 +40,7 @@ type extensions struct {
 	backingFormat string // empty if the image does not say
 	features      featureNames
 	bitmaps       []byte // nil if there is none
+	dataFile      string // name of the external data file, empty if the image does not say
 }
 
 // parseExtensions decodes the extensions in b, the first cluster of the image,
@@ -73,6 +74,8 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 			x.features.add(data)
 		case extBitmaps:
 			x.bitmaps = data
+		case extDataFile:
+			x.dataFile = string(data)
 		}
 		off += (n + 7) &^ 7
 	}

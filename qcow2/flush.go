@@ -235,7 +235,7 @@ func (m *Image) recycle(free []uint64) {
 	}
 	m.mu.Unlock()
 	for _, e := range holes {
-		m.punch(e)
+		m.punch(m.file, m.holeOf(e))
 	}
 	m.lock()
 	defer m.mu.Unlock()

@@ -231,12 +231,10 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 			copy(f.model[off:], f.buf[:n])
 		}
 	case 2, 3, 4:
-		err = eraser(f.m, int(how%8-2))(off, n)
-		if how%8 == 4 {
-			off, n = discarded(f.m, off, n)
-		}
 		if f.model != nil {
-			clear(f.model[off : off+n])
+			erase(f.t, f.m, f.model, int(how%8-2), off, n)
+		} else {
+			err = eraser(f.m, int(how%8-2))(off, n)
 		}
 	case 5:
 		err = f.m.Flush()
@@ -251,14 +249,6 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 	}
 	f.note(err)
 	return true
-}
-
-// discarded returns the part of a range that a discard of it makes zero.
-func discarded(m *Image, off, n int64) (int64, int64) {
-	off, n = wholeClusters(m, off, n)
-	for ; n > 0 && m.version == 2 && m.showsBacking(off); off, n = off+m.clusterSize, n-m.clusterSize {
-	}
-	return off, max(n, 0)
 }
 
 // finish closes the image and checks what it has become.

@@ -153,6 +153,8 @@ func (h *header) validateFields() error {
 		return corruptf("the header length of %d bytes is below %d", h.length, headerLengthV3)
 	case uint64(h.length) > cs:
 		return corruptf("the header length of %d bytes exceeds the cluster size", h.length)
+	case h.incompat(incompatExtendedL2) && h.clusterBits < minExtendedBits:
+		return corruptf("clusters of %d bytes are too small for extended L2 entries", cs)
 	case h.refcountOrder > 6:
 		return corruptf("reference counts of 2^%d bits are wider than 64", h.refcountOrder)
 	case h.size > math.MaxInt64:
@@ -234,17 +236,6 @@ func (h *header) incompat(bit uint) bool { return h.incompatible>>bit&1 != 0 }
 // checkFeatures refuses by name what this package cannot do. names is the
 // feature name table of the image.
 func (h *header) checkFeatures(names featureNames) error {
-	if h.incompat(incompatDataFile) {
-		return unsupported("an external data file", "")
-	}
-	if h.incompat(incompatExtendedL2) {
-		return unsupported("the feature \"extended L2 entries\"", "-o extended_l2=off")
-	}
-	return h.checkKnown(names)
-}
-
-// checkKnown refuses by name what this package does not even know how to check.
-func (h *header) checkKnown(names featureNames) error {
 	switch h.crypt {
 	case 0:
 	case 1:

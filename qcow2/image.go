@@ -16,7 +16,9 @@ type Image struct {
 	geometry
 	path     string // for messages
 	file     file
-	data     file // where guest data is: file
+	data     file   // where guest data is: file, or the external data file
+	dataPath string // of data, for Map
+	raw      bool   // data has to read like the disk by itself
 	readOnly bool
 	size     atomic.Int64 // of the disk, in bytes; changed by exclusively only
 	// reach is how far the engine itself may read and write: to size, and
@@ -219,7 +221,11 @@ func (m *Image) datasync() error {
 		return err
 	}
 	m.counts.syncs.Add(1)
-	if err := m.file.Fdatasync(); err != nil {
+	err := m.file.Fdatasync()
+	if m.external {
+		err = errors.Join(err, m.data.Fdatasync())
+	}
+	if err != nil {
 		return m.fail(err)
 	}
 	return nil
@@ -359,6 +365,9 @@ func (m *Image) Close() error {
 	}
 	if m.backing != nil {
 		err = errors.Join(err, m.backing.Close())
+	}
+	if m.external {
+		err = errors.Join(err, m.data.Close())
 	}
 	return errors.Join(err, m.file.Close())
 }

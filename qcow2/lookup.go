@@ -40,12 +40,41 @@ func (m *Image) entryAt(cur *cursor, c uint64) (e entry, hit bool, err error) {
 	if cur.slice == nil {
 		return entry{}, true, nil
 	}
-	e, err = m.decode(cur.slice.entries[m.sliceIndex(c)], c)
+	e, err = m.entryIn(cur.slice, c)
 	return e, err == nil, err
+}
+
+// entryIn decodes the entry of guest cluster c, which slice s maps. mu is held.
+func (m *Image) entryIn(s *slice, c uint64) (entry, error) {
+	i := m.sliceIndex(c) << m.wordBits
+	return m.decode(s.entries[i], s.entries[i+uint64(m.wordBits)], c)
+}
+
+// store makes e the entry of guest cluster c, which slice s maps. mu is held
+// exclusively.
+func (m *Image) store(s *slice, c uint64, e entry) {
+	desc, bitmap := m.encode(e)
+	i := m.sliceIndex(c) << m.wordBits
+	s.set(i, desc)
+	if m.wordBits > 0 {
+		s.set(i+1, bitmap)
+	}
+	m.cache.markDirty(s)
 }
 
 // find maps the beginning of [off, off+n) for a reader and pins it.
 func (m *Image) find(off, n int64, shard int) (span, error) {
+	return m.findFor(off, n, shard, false)
+}
+
+// findOwned maps the beginning of [off, off+n) for a writer. The span is of
+// kindNormal, and pinned, iff it may be written in place: the image owns its
+// clusters alone. Of another kind it has no meaning but that.
+func (m *Image) findOwned(off, n int64, shard int) (span, error) {
+	return m.findFor(off, n, shard, true)
+}
+
+func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
 	if err := m.admit(); err != nil {
 		return span{}, err
 	}
@@ -62,15 +91,27 @@ func (m *Image) find(off, n int64, shard int) (span, error) {
 	if !hit {
 		return m.missed(m.sliceID(c), shard), nil
 	}
-	s := m.spanOf(e, off, n)
-	for s.length < n && s.kind != kindCompressed {
+	s := m.spanOf(&e, off, n)
+	if writer {
+		if s.kind != kindNormal || !cur.owns(&e) {
+			return span{}, nil
+		}
+		if err := m.checkData(e.host); err != nil {
+			return span{}, err
+		}
+	}
+	for s.length < n && s.kind != kindCompressed && m.inCluster(off+s.length) == 0 {
 		c++
 		// An error is reported when a range begins with it.
 		e, hit, _ := m.entryAt(&cur, c)
-		if !hit || !s.continues(e) {
+		if !hit || writer && (!cur.owns(&e) || m.checkData(e.host) != nil) {
 			break
 		}
-		s.length = min(s.length+m.clusterSize, n)
+		next := m.spanOf(&e, m.offset(c), n-s.length)
+		if !s.continues(&next) {
+			break
+		}
+		s.length += next.length
 	}
 	s.pin = m.epochs.enter(shard)
 	return s, nil
@@ -103,51 +144,16 @@ func (m *Image) lookup(off, n int64, shard int) (span, error) {
 	}
 }
 
-// findOwned maps the beginning of [off, off+n) for a writer. The span is of
-// kindNormal, and pinned, iff it may be written in place: the image owns its
-// clusters alone. Of another kind it has no meaning but that.
-func (m *Image) findOwned(off, n int64, shard int) (span, error) {
-	if err := m.admit(); err != nil {
-		return span{}, err
-	}
-	defer m.mu.RUnlock()
-	if err := m.checkReach(off, n); err != nil {
-		return span{}, err
-	}
-	var cur cursor
-	c := m.cluster(off)
-	e, hit, err := m.entryAt(&cur, c)
-	if err != nil {
-		return span{}, err
-	}
-	if !hit {
-		return m.missed(m.sliceID(c), shard), nil
-	}
-	if !cur.owns(e) {
-		return span{}, nil
-	}
-	if err := m.checkData(e.host); err != nil {
-		return span{}, err
-	}
-	s := m.spanOf(e, off, n)
-	for s.length < n {
-		c++
-		e, hit, _ := m.entryAt(&cur, c)
-		if !hit || !cur.owns(e) || !s.continues(e) || m.checkData(e.host) != nil {
-			break
-		}
-		s.length = min(s.length+m.clusterSize, n)
-	}
-	s.pin = m.epochs.enter(shard)
-	return s, nil
-}
-
-// owns reports whether e, the entry last looked up, may be written in place.
-func (cur *cursor) owns(e entry) bool { return cur.copied && e.copied && e.kind == kindNormal }
+// owns reports whether the image owns the host cluster of e, the entry last looked
+// up, and its table.
+func (cur *cursor) owns(e *entry) bool { return cur.copied && e.owned() }
 
 // checkData returns an error if guest data must not be written to the host
 // cluster at off, whatever the tables say. mu is held.
 func (m *Image) checkData(off int64) error {
+	if m.external {
+		return nil // there is nothing but guest data
+	}
 	c := m.cluster(off)
 	if k := m.meta.at(c); k != metaNone {
 		return corruptf("an L2 entry points to %#x, which holds the %s", off, k)
@@ -158,28 +164,25 @@ func (m *Image) checkData(off int64) error {
 	return nil
 }
 
-// spanOf returns the span of the part of [off, off+n) that is in the cluster of
-// off, whose entry is e.
-func (m *Image) spanOf(e entry, off, n int64) span {
+// spanOf returns the span at the beginning of the part of [off, off+n) that is in
+// the cluster of off, whose entry is e: subclusters of one kind.
+func (m *Image) spanOf(e *entry, off, n int64) span {
 	in := m.inCluster(off)
-	s := span{kind: e.kind, length: min(n, m.clusterSize-in), host: e.host, size: e.size}
-	switch e.kind {
-	case kindNormal:
+	first := m.sub(off)
+	s := span{kind: e.kindOf(first), host: e.host, size: e.size}
+	if s.kind == kindNormal {
 		s.host += in
-	case kindZeroAlloc:
-		s.kind = kindZero
 	}
+	stop := first + 1
+	for stop < 1<<m.subBits && e.kindOf(stop) == s.kind {
+		stop++
+	}
+	s.length = min(n, int64(stop)*m.grain()-in)
 	return s
 }
 
-// continues reports whether the cluster with entry e, next in guest order, may
-// be joined to the span, which reaches to the end of its last cluster.
-func (s *span) continues(e entry) bool {
-	switch s.kind {
-	case kindNormal:
-		return e.kind == kindNormal && e.host == s.host+s.length
-	case kindZero:
-		return e.kind == kindZero || e.kind == kindZeroAlloc
-	}
-	return s.kind == e.kind
+// continues reports whether next, the span of the cluster that is next in guest
+// order, may be joined to s, which reaches to the end of its last cluster.
+func (s *span) continues(next *span) bool {
+	return s.kind == next.kind && (s.kind != kindNormal || next.host == s.host+s.length)
 }

@@ -25,7 +25,7 @@ type Mapping struct {
 	Offset, Length int64
 	Kind           MapKind
 	// Layer has the range: 0 is the image, 1 its backing file, and so on;
-	// Path is its file. For MapUnallocated they are those of the image.
+	// Path is its file, or its external data file for MapData. For MapUnallocated they are those of the image.
 	Layer int
 	Path  string
 	// HostOffset is where the range begins in the file, for MapData only.
@@ -88,7 +88,7 @@ func (m *Image) mapAt(off, n int64) (Mapping, error) {
 	found := Mapping{Offset: off, Length: s.length, Path: m.path}
 	switch s.kind {
 	case kindNormal:
-		found.Kind, found.HostOffset = MapData, s.host
+		found.Kind, found.Path, found.HostOffset = MapData, m.dataPath, s.host
 	case kindCompressed:
 		found.Kind = MapCompressed
 	case kindZero:

@@ -27,6 +27,10 @@ type Options struct {
 	// BackingDirs are directories, beside the one of the image that names
 	// it, in which a backing file may lie, at any depth.
 	BackingDirs []string
+	// DataFile allows the image and its backing files an external data file,
+	// which is opened if it lies where a backing file may. Without it an image
+	// that has one is refused.
+	DataFile bool
 	// L2CacheBytes bounds the memory for L2 tables of the image and all its
 	// backing files together; 0 means DefaultL2CacheBytes. Each keeps 16
 	// slices of tables, of at most 4 KiB each, in any case. All tables of an
@@ -88,11 +92,14 @@ func openLocked(f *os.File, path string, opts Options, c *chain) (*Image, error)
 
 // openFile opens the image in f, which is locked. It takes over f.
 func openFile(f file, path string, opts Options, c *chain) (*Image, error) {
-	m := &Image{path: path, file: f, data: f, readOnly: opts.ReadOnly}
+	m := &Image{path: path, file: f, data: f, dataPath: path, readOnly: opts.ReadOnly}
 	if err := m.load(opts, c); err != nil {
 		err = inFile(path, err)
 		if m.backing != nil {
 			err = errors.Join(err, m.backing.Close())
+		}
+		if m.data != f {
+			err = errors.Join(err, m.data.Close())
 		}
 		return nil, errors.Join(err, f.Close())
 	}
@@ -145,6 +152,11 @@ func (m *Image) load(opts Options, c *chain) error {
 	name, err := backingName(h, first)
 	if err != nil {
 		return err
+	}
+	if m.external {
+		if err := m.openData(h, ext.dataFile, opts, c); err != nil {
+			return err
+		}
 	}
 	if name != "" {
 		if m.backing, err = c.openBacking(m.path, name, ext.backingFormat, opts); err != nil {
@@ -263,10 +275,14 @@ func (m *Image) loadTable(off uint64, n int64) ([]uint64, error) {
 // stand for data that this engine does not keep up to date. Persistent bitmaps
 // thereby become invalid, which is what their users need to know.
 func (m *Image) clearAutoclear(h *header) error {
-	if m.readOnly || h.autoclear == 0 {
+	kept := uint64(0)
+	if m.raw {
+		kept = 1 << autoclearRawData
+	}
+	if m.readOnly || h.autoclear&^kept == 0 {
 		return nil
 	}
-	if err := m.writeFeature(offAutoclear, 0); err != nil {
+	if err := m.writeFeature(offAutoclear, h.autoclear&kept); err != nil {
 		return err
 	}
 	return m.file.Fdatasync()

@@ -30,7 +30,7 @@ func (m *Image) WriteCompressed(p []byte, off int64) error {
 	if err := m.checkWhole(off, n); err != nil {
 		return err
 	}
-	if m.data != m.file {
+	if m.external {
 		return &Error{
 			Path: m.path, Kind: ErrUnsupported, What: "an image with an external data file has no compressed clusters",
 			Mend: "write without compression",
@@ -156,32 +156,6 @@ func (m *Image) reservePacked(n int64, c uint64) (*packing, error) {
 	return a, err
 }
 
-// lockSlice takes the exclusive side of mu for a change to the entry of guest
-// cluster c, and returns its slice. If the image does not own the table yet, the
-// slice is not in memory, or another request claims the cluster, it sees to that
-// instead, and returns nil without the lock: the caller looks again.
-func (m *Image) lockSlice(c uint64) (*slice, error) {
-	id := m.sliceID(c)
-	i := m.l1Index(id)
-	m.lock()
-	if m.l1[i]&entryCopied == 0 {
-		m.mu.Unlock()
-		return nil, m.ownTable(i)
-	}
-	s := m.cache.find(id)
-	if s == nil {
-		m.mu.Unlock()
-		return nil, m.loadSlice(id)
-	}
-	if other := m.inflight.overlapping(c); other != nil && other.guest <= c {
-		done := other.wait()
-		m.mu.Unlock()
-		<-done
-		return nil, nil
-	}
-	return s, nil
-}
-
 // choosePacked picks room for n bytes of compressed data of guest cluster c, which
 // s maps. It returns nil if the pool is empty. mu is held exclusively.
 func (m *Image) choosePacked(s *slice, n int64, c uint64) (*packing, error) {
@@ -302,10 +276,9 @@ func (m *Image) letGoOf(a *packing) {
 func (m *Image) publishPacked(a *packing) {
 	m.lock()
 	defer m.mu.Unlock()
-	at := m.sliceIndex(a.guest)
-	m.unreference(a.slice.entries[at], a.guest)
-	a.slice.set(at, m.compressedEntry(a.at))
-	m.cache.markDirty(a.slice)
+	old, _ := m.entryIn(a.slice, a.guest) // checked by choosePacked, and nobody has changed it
+	m.unreference(&old)
+	m.store(a.slice, a.guest, entry{compressed: true, host: a.at.host, size: a.at.size})
 	first, last := m.touched(a.at)
 	for h := first; h <= last; h++ {
 		m.grown = appendExtent(m.grown, extent{start: h, n: 1})
@@ -315,13 +288,6 @@ func (m *Image) publishPacked(a *packing) {
 		}
 	}
 	m.letGoOf(a)
-}
-
-// compressedEntry is the L2 entry of a compressed cluster with its data at p: what
-// decodeCompressed decodes.
-func (g *geometry) compressedEntry(p place) uint64 {
-	sectors := (p.host+p.size-1)>>9 - p.host>>9                                   // beside the first
-	return entryCompressed | uint64(sectors)<<(70-g.clusterBits) | uint64(p.host) //nolint:gosec // G115: not negative
 }
 
 // abandonPacked undoes the reservation of a, whose data was not written. The guest

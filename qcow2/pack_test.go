@@ -146,11 +146,11 @@ func TestWriteCompressedRefusals(t *testing.T) {
 		}
 	}
 	must(t, m.WriteCompressed(b[:100352-1<<16], 1<<16))
-	m.data = &memFile{}
+	m.external = true
 	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 1<<16), 0); !errors.Is(err, ErrUnsupported) {
 		t.Errorf("an image with a data file: %v", err)
 	}
-	m.data = m.file
+	m.external = false
 	closeImage(t, m)
 	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 1<<16), 0); !errors.Is(err, ErrClosed) {
 		t.Errorf("a closed image: %v", err)

@@ -83,7 +83,7 @@ func (m *Image) preallocate(off, n int64, mode Preallocation) (int64, error) {
 // that mode says.
 func (m *Image) prepareHost(e extent, mode Preallocation) error {
 	off, n := m.offset(e.start), m.offset(e.n)
-	if !e.virgin {
+	if !e.virgin && (!m.external || m.data.Punch(off, n) != nil) {
 		return PreallocateFull.prepare(m.data, off, n)
 	}
 	if mode == PreallocateMetadata {

@@ -69,7 +69,7 @@ func qemuWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 // ourWrite applies n random operations to the image and the model.
 func ourWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 	t.Helper()
-	m := open(t, path, Options{L2CacheBytes: 1})
+	m := open(t, path, Options{L2CacheBytes: 1, DataFile: true})
 	for range n {
 		off, n := randomRange(r, int64(len(model)), int64(len(model)/10))
 		switch r.IntN(5) {

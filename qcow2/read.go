@@ -56,7 +56,7 @@ func (m *Image) readSpan(s *span, iov [][]byte, off int64) error {
 	case kindNormal:
 		return m.data.ReadvAt(iov, s.host)
 	case kindCompressed:
-		return m.readCompressed(entry{kind: s.kind, host: s.host, size: s.size}, iov, m.inCluster(off))
+		return m.readCompressed(place{s.host, s.size}, iov, m.inCluster(off))
 	case kindUnallocated:
 		return m.readBacking(iov, off)
 	}

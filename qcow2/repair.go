@@ -199,7 +199,7 @@ func (x *checker) mendCounts() (bool, error) {
 		return false, err
 	}
 	for _, e := range unused {
-		x.punch(e)
+		x.punch(x.file, x.holeOf(e))
 	}
 	return changed || flags, nil
 }

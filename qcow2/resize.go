@@ -145,7 +145,7 @@ func (m *Image) grow(ctx context.Context, size int64, mode Preallocation) error 
 		return err
 	}
 	m.reach.Store(size)
-	if m.data != m.file {
+	if m.external {
 		err = m.data.Truncate(size)
 	}
 	if err == nil {

@@ -71,11 +71,15 @@ func (m *Image) dropSome(c uint64) (uint64, error) {
 
 // dropEntries frees the guest clusters [c, limit), the end of those of one table.
 // It runs exclusively.
-func (m *Image) dropEntries(c, limit uint64) (err error) {
-	for c < limit && err == nil {
-		c, err = m.eraseClusters(c, limit, roomDropped)
+func (m *Image) dropEntries(c, limit uint64) error {
+	for off, end := m.offset(c), m.offset(limit); off < end; {
+		n, err := m.eraseEntries(off, end, false, roomDropped)
+		if err != nil {
+			return err
+		}
+		off += n
 	}
-	return err
+	return nil
 }
 
 // dropTable frees the guest clusters [c, limit), all those of one table, and the
@@ -83,48 +87,39 @@ func (m *Image) dropEntries(c, limit uint64) (err error) {
 // points to. It runs exclusively, after a commit.
 func (m *Image) dropTable(c, limit uint64) error {
 	i := m.l1Index(m.sliceID(c))
-	table, err := m.decodeL1(m.l1[i], i)
+	off, err := m.decodeL1(m.l1[i], i)
 	if err != nil {
 		return err
 	}
 	b := make([]byte, m.clusterSize)
-	if err := readFull(m.file, b, table); err != nil {
+	if err := readFull(m.file, b, off); err != nil {
 		return err
 	}
-	entries := decodeTable(b)
+	table := decodeTable(b)
 	m.lock()
 	defer m.mu.Unlock()
+	var gone []entry
 	for g := c; g < limit; g++ {
-		if err := m.checkDropped(entries[g-c], g); err != nil {
+		at := (g - c) << m.wordBits
+		e, err := m.decode(table[at], table[at+uint64(m.wordBits)], g)
+		if err == nil {
+			err = m.checkFreed(&e)
+		}
+		if err != nil {
 			return err
 		}
+		gone = append(gone, e)
 	}
-	for g := c; g < limit; g++ {
-		m.unreference(entries[g-c], g)
+	for i := range gone {
+		m.unreference(&gone[i])
 	}
 	for id := m.sliceID(c); id < m.sliceID(limit); id++ {
 		m.cache.lru.Remove(id)
 	}
-	m.freed = append(m.freed, m.cluster(table))
-	m.meta.remove(extent{start: m.cluster(table), n: 1})
+	m.freed = append(m.freed, m.cluster(off))
+	m.meta.remove(extent{start: m.cluster(off), n: 1})
 	m.l1[i] = 0
 	m.dirtyL1[i] = struct{}{}
-	return nil
-}
-
-// checkDropped checks that the clusters of L2 entry e, of guest cluster c, are
-// data. mu is held.
-func (m *Image) checkDropped(e, c uint64) error {
-	old, err := m.decode(e, c)
-	if err != nil {
-		return err
-	}
-	first, n := m.hostClusters(old)
-	for h := first; h < first+n; h++ {
-		if err := m.checkData(m.offset(h)); err != nil {
-			return err
-		}
-	}
 	return nil
 }
 
@@ -134,7 +129,7 @@ func (m *Image) trim(size int64) error {
 	if err := m.commitAll(); err != nil {
 		return err
 	}
-	if m.data != m.file {
+	if m.external {
 		if err := m.data.Truncate(size); err != nil {
 			return err
 		}

@@ -1,5 +1,7 @@
 package qcow2
 
+import "math/bits"
+
 // WritevAt writes the buffers of iov in order at off; together they must lie
 // inside the disk. It neither keeps iov nor changes its elements. On an error
 // any part of the range may have been written.
@@ -106,30 +108,13 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 // wait, or to do something without the lock: then the caller looks again.
 func (m *Image) reserve(off, n int64) (*allocation, error) {
 	c := m.cluster(off)
-	id := m.sliceID(c)
-	m.lock()
-	if m.l1[m.l1Index(id)]&entryCopied == 0 {
-		m.mu.Unlock()
-		return nil, m.ownTable(m.l1Index(id))
+	s, err := m.lockSlice(c)
+	if err != nil || s == nil {
+		return nil, err
 	}
-	s := m.cache.find(id)
-	if s == nil {
-		m.mu.Unlock()
-		return nil, m.loadSlice(id)
-	}
-	// At most to the end of the slice, and to the next claim.
-	limit := min(m.cluster(off+n-1)+1, (id+1)<<m.sliceBits)
-	if other := m.inflight.overlapping(c); other != nil {
-		if other.guest <= c {
-			done := other.wait()
-			m.mu.Unlock()
-			<-done
-			return nil, nil
-		}
-		limit = min(limit, other.guest)
-	}
-	a, err := m.choose(s, c, limit)
+	a, err := m.choose(s, off, off+n, m.claimable(c, m.cluster(off+n-1)+1))
 	if err == nil && a != nil && a.host.n > 0 {
+		m.frame(a, off, off+n)
 		s.users++
 		m.inflight.add(&a.claim)
 		m.mu.Unlock()
@@ -142,45 +127,127 @@ func (m *Image) reserve(off, n int64) (*allocation, error) {
 	return nil, err
 }
 
-// choose picks host clusters for the guest clusters [c, limit), or the first of
-// them, all mapped by s: those that a zero entry reserves, where the image owns
-// them, else new ones. It returns nil if c may be written in place by now, and
-// no host clusters if the pool is empty. mu is held exclusively.
-func (m *Image) choose(s *slice, c, limit uint64) (*allocation, error) {
-	first, err := m.decode(s.entries[m.sliceIndex(c)], c)
+// lockSlice takes the exclusive side of mu for a change to the entry of guest
+// cluster c, and returns its slice. If the image does not own the table yet, the
+// slice is not in memory, or another request claims the cluster, it sees to that
+// instead, and returns nil without the lock: the caller looks again.
+func (m *Image) lockSlice(c uint64) (*slice, error) {
+	id := m.sliceID(c)
+	i := m.l1Index(id)
+	m.lock()
+	if m.l1[i]&entryCopied == 0 {
+		m.mu.Unlock()
+		return nil, m.ownTable(i)
+	}
+	s := m.cache.find(id)
+	if s == nil {
+		m.mu.Unlock()
+		return nil, m.loadSlice(id)
+	}
+	if other := m.inflight.overlapping(c); other != nil && other.guest <= c {
+		done := other.wait()
+		m.mu.Unlock()
+		<-done
+		return nil, nil
+	}
+	return s, nil
+}
+
+// claimable returns the end of the guest clusters from c on that a request for
+// those below limit can claim at once: c's slice, up to the next claim. mu is held.
+func (m *Image) claimable(c, limit uint64) uint64 {
+	limit = min(limit, (m.sliceID(c)+1)<<m.sliceBits)
+	if other := m.inflight.overlapping(c); other != nil {
+		limit = min(limit, other.guest)
+	}
+	return limit
+}
+
+// choose picks host clusters for the guest clusters of [off, end) below limit, or
+// the first of them, all mapped by s: those that their entries have, where the
+// image owns them, else new ones. It returns nil if off may be written in place by
+// now, and no host clusters if the pool is empty. mu is held exclusively.
+func (m *Image) choose(s *slice, off, end int64, limit uint64) (*allocation, error) {
+	c := m.cluster(off)
+	first, err := m.entryIn(s, c)
 	if err != nil {
 		return nil, err
 	}
-	if first.copied && first.kind == kindNormal {
+	if first.owned() && first.kindOf(m.sub(off)) == kindNormal {
 		return nil, nil
 	}
-	a := &allocation{claim: claim{guest: c}, slice: s, first: first, last: first}
-	a.reused = first.reserves()
+	a := &allocation{claim: claim{guest: c}, slice: s, first: first, reused: first.owned() || m.external}
 	n := uint64(1)
 	for ; c+n < limit; n++ {
-		e, err := m.decode(s.entries[m.sliceIndex(c+n)], c+n)
-		if err != nil || !a.extends(e, n, m.clusterSize) {
+		e, err := m.entryIn(s, c+n)
+		if err != nil || !m.extends(a, &e, n) {
 			break
 		}
 	}
-	if a.reused {
-		a.host = extent{start: m.cluster(first.host), n: n}
-		for i := range n {
-			if err := m.checkData(m.offset(a.host.start + i)); err != nil {
-				return nil, err
-			}
-		}
-	} else if a.host = m.pool.take(n); a.host.n == 0 {
-		return a, nil
-	} else if err := m.checkFree(a.host); err != nil {
-		return nil, err
+	if a.host, err = m.hostsFor(a, n); err != nil || a.host.n == 0 {
+		return a, err
 	}
 	a.n = a.host.n
-	end := a.end() - 1
-	if a.last, err = m.decode(s.entries[m.sliceIndex(end)], end); err != nil || a.reused {
+	if a.last, err = m.entryIn(s, a.end()-1); err != nil || a.reused {
 		return a, err
 	}
 	return a, m.checkReplaced(a)
+}
+
+// extends reports whether the guest cluster with entry e, n clusters after the
+// first, can be part of the allocation.
+func (m *Image) extends(a *allocation, e *entry, n uint64) bool {
+	switch {
+	case !a.reused:
+		return !e.owned()
+	case e.kindOf(0) == kindNormal:
+		return false // it may be written in place
+	}
+	return m.external || e.owned() && e.host == a.first.host+m.offset(n)
+}
+
+// hostsFor returns the host clusters of a for n guest clusters, or the first of
+// them. mu is held exclusively.
+func (m *Image) hostsFor(a *allocation, n uint64) (extent, error) {
+	switch {
+	case m.external:
+		return extent{start: a.guest, n: n}, nil
+	case !a.reused:
+		e := m.pool.take(n)
+		return e, m.checkFree(e)
+	}
+	e := extent{start: m.cluster(a.first.host), n: n}
+	for i := range n {
+		if err := m.checkData(m.offset(e.start + i)); err != nil {
+			return extent{}, err
+		}
+	}
+	return e, nil
+}
+
+// frame says which bytes a fills for a request to write [off, end): beside those,
+// the rest of the subclusters at both ends, unless it is there already. New host
+// clusters also get the data that the old ones have before and behind.
+func (m *Image) frame(a *allocation, off, end int64) {
+	begin, last := m.offset(a.guest), m.offset(a.end()-1)
+	end = min(end, last+m.clusterSize)
+	grain := m.grain()
+	a.from, a.to = off&^(grain-1), (end+grain-1)&^(grain-1)
+	if !a.reused {
+		if old := a.first.data; old != 0 {
+			a.from = min(a.from, begin+int64(bits.TrailingZeros32(old))*grain)
+		}
+		if old := a.last.data; old != 0 {
+			a.to = max(a.to, last+int64(bits.Len32(old))*grain)
+		}
+		return
+	}
+	if a.first.kindOf(m.sub(off)) == kindNormal {
+		a.from = off
+	}
+	if a.last.kindOf(m.sub(end-1)) == kindNormal {
+		a.to = end
+	}
 }
 
 // checkReplaced checks that the clusters which a replaces are data and not those
@@ -188,15 +255,15 @@ func (m *Image) choose(s *slice, c, limit uint64) (*allocation, error) {
 // to be lowered. mu is held exclusively.
 func (m *Image) checkReplaced(a *allocation) error {
 	for c := a.guest; c < a.end(); c++ {
-		old, err := m.decode(a.slice.entries[m.sliceIndex(c)], c)
+		old, err := m.entryIn(a.slice, c)
+		if err == nil {
+			err = m.checkFreed(&old)
+		}
 		if err != nil {
 			return err
 		}
-		first, n := m.hostClusters(old)
+		first, n := m.hostClusters(&old)
 		for h := first; h < first+n; h++ {
-			if err := m.checkData(m.offset(h)); err != nil {
-				return err
-			}
 			if h >= a.host.start && h < a.host.start+a.host.n {
 				return corruptf("the cluster at %#x is in use but has a reference count of zero", m.offset(h))
 			}
@@ -205,30 +272,37 @@ func (m *Image) checkReplaced(a *allocation) error {
 	return nil
 }
 
-// reserves reports whether the entry reserves a host cluster to write to.
-func (e entry) reserves() bool { return e.copied && e.kind == kindZeroAlloc }
-
-// extends reports whether the guest cluster with entry e, n clusters after the
-// first, can be part of the allocation.
-func (a *allocation) extends(e entry, n uint64, clusterSize int64) bool {
-	if a.reused {
-		return e.reserves() && e.host == a.first.host+int64(n)*clusterSize //nolint:gosec // G115: at most 512 clusters
+// checkFreed checks that the host clusters of e, an entry that is going, are data
+// and counted. mu is held.
+func (m *Image) checkFreed(e *entry) error {
+	first, n := m.hostClusters(e)
+	for h := first; h < first+n; h++ {
+		if err := m.checkData(m.offset(h)); err != nil {
+			return err
+		}
 	}
-	return !e.reserves() && (!e.copied || e.kind != kindNormal)
+	return nil
 }
 
 // publish makes the filled clusters of a the contents of its guest clusters.
 func (m *Image) publish(a *allocation) {
 	m.lock()
 	defer m.mu.Unlock()
-	for i := range a.host.n {
-		at := m.sliceIndex(a.guest + i)
-		if !a.reused {
-			m.unreference(a.slice.entries[at], a.guest+i)
+	for i := range a.n {
+		c := a.guest + i
+		old, _ := m.entryIn(a.slice, c) // checked by choose, and nobody has changed it
+		filled := m.subs(c, a.from, a.to)
+		next := entry{
+			allocated: true, copied: true, host: m.offset(a.host.start + i),
+			data: filled, zero: old.zero &^ filled,
 		}
-		a.slice.set(at, m.pointer(a.host.start+i)|entryCopied)
+		if a.reused {
+			next.data |= old.data
+		} else {
+			m.unreference(&old)
+		}
+		m.store(a.slice, c, next)
 	}
-	m.cache.markDirty(a.slice)
 	if !a.reused {
 		m.grown = appendExtent(m.grown, a.host)
 		m.counts.allocated.Add(a.host.n)
@@ -236,14 +310,10 @@ func (m *Image) publish(a *allocation) {
 	m.end(a)
 }
 
-// unreference notes that L2 entry e, of guest cluster c, is going. mu is held
+// unreference notes that an L2 entry, which was e, is going. mu is held
 // exclusively.
-func (m *Image) unreference(e, c uint64) {
-	old, err := m.decode(e, c)
-	if err != nil {
-		return // checked when the allocation was made, and nobody has changed it
-	}
-	first, n := m.hostClusters(old)
+func (m *Image) unreference(e *entry) {
+	first, n := m.hostClusters(e)
 	for i := range n {
 		m.freed = append(m.freed, first+i)
 	}
