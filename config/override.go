@@ -9,8 +9,8 @@ import (
 )
 
 // Set gives the key, such as "vm.cpus", the value that a flag holds, in place
-// of what the file says. Paths are relative to the working directory. The error
-// names the flag; a key that is not one of [vm] or [boot] is a mistake of the
+// of what the file says; an empty one takes back what the file says of an
+// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm] or [boot] is a mistake of the
 // caller and panics.
 func (c *Config) Set(flag, key, value string) error {
 	table, name, _ := strings.Cut(key, ".")
@@ -29,7 +29,9 @@ func (c *Config) Set(flag, key, value string) error {
 		panic("BUG: config: no key " + key)
 	}
 	f := fields[i]
-	if msg := setText(dst.Field(f.index), f.rule, value); msg != "" {
+	if value == "" && f.rule.optional {
+		dst.Field(f.index).SetZero()
+	} else if msg := setText(dst.Field(f.index), f.rule, value); msg != "" {
 		return Errors{origin{}.errorf("%s %s", flag, msg)}
 	}
 	c.setOrigin(key, origin{flag: flag})

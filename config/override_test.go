@@ -198,3 +198,17 @@ func TestDiskKeysTogether(t *testing.T) {
 		t.Errorf("32 disks: %v, want %s", err, want)
 	}
 }
+
+// TestSetTakesAnInitrdBack checks that a flag can undo what the file says of a
+// file that a guest can do without.
+func TestSetTakesAnInitrdBack(t *testing.T) {
+	c := parse(t, base)
+	for _, value := range []string{"/initrd", ""} {
+		if err := c.Set("--initrd", "boot.initrd", value); err != nil || c.Boot.Initrd != value {
+			t.Errorf("Set(%q) leaves %q: %v", value, c.Boot.Initrd, err)
+		}
+	}
+	if err := c.Validate(); err != nil {
+		t.Error(err)
+	}
+}

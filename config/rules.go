@@ -27,6 +27,8 @@ type rule struct {
 	later []string
 	// path makes a string a file name: never empty, relative to the file.
 	path bool
+	// optional says that an empty flag takes back what the file says.
+	optional bool
 	// ascii admits printable ASCII only.
 	ascii bool
 }
@@ -42,7 +44,7 @@ var rules = map[string]rule{
 
 	"boot":         {doc: "What the guest runs first."},
 	"boot.kernel":  {doc: "Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry.", path: true},
-	"boot.initrd":  {doc: "Initial RAM disk.", path: true},
+	"boot.initrd":  {doc: "Initial RAM disk.", path: true, optional: true},
 	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own.", max: 2047, ascii: true},
 
 	"disk":              {doc: "The disks, in order: vda, vdb and so on; at most 31."},

@@ -41,7 +41,7 @@ type program struct {
 func (p program) run(args []string) int {
 	root := p.root()
 	root.SetArgs(args)
-	err := root.Execute()
+	cmd, err := root.ExecuteC()
 	var exit exitError
 	switch {
 	case err == nil:
@@ -51,6 +51,11 @@ func (p program) run(args []string) int {
 		return exit.code
 	}
 	complain(p.streams.Messages, err.Error())
+	if cmd.Name() == runCommand {
+		if err := reportMisuse(cmd.Flags(), args, err); err != nil {
+			complain(p.streams.Messages, err.Error())
+		}
+	}
 	return launch.ExitError
 }
 

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/spf13/pflag"
+
 	"github.com/calfvm/calf/cmd/internal/launch"
 )
 
@@ -74,4 +76,31 @@ func (rf resultFile) write(r launch.Result) (err error) {
 		return err
 	}
 	return os.Rename(f.Name(), rf.path)
+}
+
+// reportMisuse writes the result of a run that was not begun, because cause is
+// wrong with its flags, to where args say.
+func reportMisuse(flags *pflag.FlagSet, args []string, cause error) error {
+	lenient := pflag.NewFlagSet("", pflag.ContinueOnError)
+	lenient.ParseErrorsAllowlist.UnknownFlags = true
+	lenient.AddFlagSet(flags)
+	path := ""
+	// What is wrong is known already.
+	_ = lenient.ParseAll(args, func(f *pflag.Flag, value string) error {
+		if f.Name == "json" {
+			path = value
+		}
+		return nil
+	})
+	if path == "" {
+		return nil
+	}
+	file, err := openResult(path)
+	if err == nil {
+		err = file.write(launch.Failed(cause))
+	}
+	if err != nil {
+		return fmt.Errorf("--json: %w", err)
+	}
+	return nil
 }

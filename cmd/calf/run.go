@@ -26,6 +26,8 @@ var overrides = []struct{ flag, key, usage string }{
 	{"boot-timeout", "vm.boot_timeout", "end the run if the guest is not up after this `DURATION`"},
 }
 
+const runCommand = "run"
+
 // runFlags are the flags of calf run that are not keys of the file.
 type runFlags struct {
 	disks      []string
@@ -41,7 +43,7 @@ type runFlags struct {
 func newRun(p program) *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   "run [CONFIG.toml | IMAGE.qcow2] [flags]",
+		Use:   runCommand + " [CONFIG.toml | IMAGE.qcow2] [flags]",
 		Short: "Boot a guest and wait for its end",
 		Long: `Boot a guest and wait for its end.
 
@@ -69,7 +71,11 @@ Exit codes:
   calf run ci.toml --disk scratch.img,format=raw,serial=scratch --timeout 10m --json result.json`,
 		ValidArgsFunction: filesNamed("toml", "qcow2"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return f.run(cmd, args, p)
+			err := f.run(cmd, args, p)
+			if _, ok := errors.AsType[exitError](err); err != nil && !ok {
+				return exitError{launch.ExitError, err.Error()} // unlike an error before this
+			}
+			return err
 		},
 	}
 	f.define(cmd)

@@ -268,6 +268,24 @@ func TestResultOfARunThatNeverBegan(t *testing.T) {
 	if got := readResult(t, result); got.Outcome != "error" || got.ExitCode != 125 || !strings.Contains(got.Message, "--cpus") {
 		t.Errorf("result = %+v", got)
 	}
+	for name, bad := range map[string][]string{
+		"a flag that does not exist": {"--bogus", "--json", result},
+		"after the result":           {"--json=" + result, "--bogus=x"},
+		"flags against each other":   {"--json", result, "--snapshot", "--no-snapshot"},
+		"an older result":            {"--json", result, "--disk"},
+	} {
+		code, stdout, stderr := calf(t, append([]string{"run", dir + "/ci.toml"}, bad...)...)
+		refused(t, 1, code, stdout, stderr, "")
+		if got := readResult(t, result); got.ExitCode != 125 || !strings.Contains(stderr, got.Message) || strings.Contains(got.Message, "--cpus") {
+			t.Errorf("%s: result = %+v, messages %q", name, got, stderr)
+		}
+	}
+	// The value of another flag is not a place for the result.
+	before := contents(t, dir)
+	calf(t, "run", dir+"/ci.toml", "--cmdline", "--json", dir+"/data.img", "--bogus")
+	if diff := cmp.Diff(before, contents(t, dir)); diff != "" {
+		t.Errorf("misread flags changed files:\n%s", diff)
+	}
 	files, err := filepath.Glob(dir + "/.result*")
 	if err != nil || len(files) > 0 {
 		t.Errorf("left behind: %v, %v", files, err)

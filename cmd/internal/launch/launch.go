@@ -147,6 +147,7 @@ type end struct {
 	ran     bool  // the guest was started
 	err     error // why it was not, or why it did not end by itself
 	closing error // what went wrong afterwards, when everything was closed
+	lost    bool  // output was dropped, because nobody read it
 }
 
 // run opens what cfg names, runs the guest and closes everything again.
@@ -160,7 +161,10 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		e.err = err
 		return e
 	}
-	defer func() { also(cons.Close()) }()
+	defer func() {
+		also(cons.Close())
+		e.lost = cons.Lost()
+	}()
 	// What the guest said last is still to be read, but a reader that has
 	// stopped reading must not hold up the end.
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
@@ -270,6 +274,9 @@ func result(cfg *config.Config, e end) Result {
 	}
 	if also != nil {
 		r.Message += "; " + strings.ReplaceAll(also.Error(), "\n", "; ")
+	}
+	if e.lost {
+		r.Message = strings.TrimPrefix(r.Message+"; output of its console that nobody read was dropped", "; ")
 	}
 	return r
 }

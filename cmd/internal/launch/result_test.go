@@ -27,6 +27,8 @@ func TestResult(t *testing.T) {
 	}{
 		{"power-off", end{outcome: vmm.PowerOff, ran: true}, "poweroff", 0, ""},
 		{"power-off, image not closed", end{outcome: vmm.PowerOff, ran: true, closing: lost}, "poweroff", 125, "no space left; close console"},
+		{"power-off, output dropped", end{outcome: vmm.PowerOff, ran: true, lost: true}, "poweroff", 0, "output of its console that nobody read was dropped"},
+		{"panic, output dropped", end{outcome: vmm.Panic, ran: true, lost: true}, "panic", 255, "says why; output of its console"},
 		{"panic", end{outcome: vmm.Panic, ran: true}, "panic", 255, "panicked"},
 		{"panic, console gone", end{outcome: vmm.Panic, ran: true, closing: lost}, "panic", 255, "no space left"},
 		{"triple fault", end{outcome: vmm.TripleFault, ran: true}, "triple-fault", 255, "triple fault"},
