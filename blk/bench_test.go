@@ -196,3 +196,38 @@ func FuzzRequest(f *testing.F) {
 		}
 	})
 }
+
+// BenchmarkNotifications keeps a number of requests under way on a queue, as a
+// guest under load does, through doorbells and messages, and reports how many of
+// either a thousand requests cost.
+func BenchmarkNotifications(b *testing.B) {
+	for name, mask := range map[string]uint64{"on": allFeatures, "off": ^uint64(1 << virtio.FeatureEventIdx)} {
+		for _, depth := range []int{1, 8, 32} {
+			b.Run(fmt.Sprintf("event_idx=%s/qd=%d", name, depth), func(b *testing.B) {
+				r := newRig(b, blk.Config{Disk: nullDisk{}})
+				r.start(mask, 1, 256)
+				ring, q := r.d.Rings[0], r.newRequest(tIn, 0, 4096)
+				b.ResetTimer()
+				for sent, done := 0, 0; done < b.N; {
+					for ; sent < b.N && sent < done+depth; sent++ {
+						if _, ok := ring.AddIndirect(q.bufs(true)...); !ok {
+							b.Fatal("the ring is full")
+						}
+					}
+					if ring.Publish() {
+						ring.Kick()
+					}
+					r.wait(ring)
+					for done++; ; done++ { // what has come meanwhile
+						if _, _, ok := ring.TakeUsed(); !ok {
+							break
+						}
+					}
+				}
+				s := r.dev.Stats()[0]
+				b.ReportMetric(float64(s.Interrupts)*1000/float64(b.N), "interrupts/1000req")
+				b.ReportMetric(float64(s.Kicks)*1000/float64(b.N), "kicks/1000req")
+			})
+		}
+	}
+}
