@@ -71,8 +71,15 @@ type Disk struct {
 	OpBurst     int      `toml:"op_burst,omitzero"`   // 0 = a tenth of a second's
 	Serial      string   `toml:"serial,omitempty"`
 	BackingDirs []string `toml:"backing_dirs,omitempty"`
-	L2Cache     Size     `toml:"l2_cache,omitzero"` // 0 = the image engine decides
+	DataFile    string   `toml:"data_file,omitempty"` // "" = DataFileRefuse
+	L2Cache     Size     `toml:"l2_cache,omitzero"`   // 0 = the image engine decides
 }
+
+// What becomes of an image that names an external data file.
+const (
+	DataFileRefuse = "refuse"
+	DataFileAllow  = "allow" // if the file lies where a backing file may
+)
 
 // The formats of a disk.
 const (

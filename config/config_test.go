@@ -65,7 +65,7 @@ func TestLoadReadsEveryKey(t *testing.T) {
 			Path: filepath.Join(dir, "debian-12.qcow2"), Snapshot: true, Queues: 4, QueueSize: 128,
 			Cache: "unsafe", Engine: "sync", Discard: new(false), OnError: "stop", Serial: "root",
 			ByteRate: 100 << 20, ByteBurst: 1 << 20, OpRate: 2000, OpBurst: 50,
-			BackingDirs: []string{"/var/lib/images", filepath.Join(dir, "bases")}, L2Cache: 32 << 20,
+			BackingDirs: []string{"/var/lib/images", filepath.Join(dir, "bases")}, DataFile: "allow", L2Cache: 32 << 20,
 		}, {Path: "/srv/data.img", Format: "raw"}},
 	}
 	if diff := cmp.Diff(want, got, ignoreOrigins); diff != "" {

@@ -136,7 +136,7 @@ func TestAddDiskErrorsNameTheFlag(t *testing.T) {
 	for _, tt := range []struct{ spec, want string }{
 		{"", `--disk "": the path of the image is missing`},
 		{",format=raw", `--disk ",format=raw": the path of the image is missing`},
-		{"a.qcow2,fromat=raw", `--disk a.qcow2: unknown key "fromat" in [[disk]]: did you mean "format"? (accepted here: format, readonly, snapshot, queues, queue_size, cache, engine, discard, on_error, byte_rate, byte_burst, op_rate, op_burst, serial, backing_dirs, l2_cache)`},
+		{"a.qcow2,fromat=raw", `--disk a.qcow2: unknown key "fromat" in [[disk]]: did you mean "format"? (accepted here: format, readonly, snapshot, queues, queue_size, cache, engine, discard, on_error, byte_rate, byte_burst, op_rate, op_burst, serial, backing_dirs, data_file, l2_cache)`},
 		{"a.qcow2,queues=0,discard=1", "--disk a.qcow2: queues must be an integer from 1 to 64, not 0\n--disk a.qcow2: discard must be true or false, not \"1\""},
 		{"a.qcow2,queues", `--disk a.qcow2: queues must be an integer from 1 to 64, not ""`},
 		{"a.qcow2,readonly=yes", `--disk a.qcow2: readonly must be true or false, not "yes"`},

@@ -64,6 +64,7 @@ var rules = map[string]rule{
 	"disk.op_burst":     {doc: "Requests that the guest may make at once after it has been idle. The default is a tenth of op_rate.", min: 1, max: 1 << 30},
 	"disk.serial":       {doc: "Serial number that the guest sees.", max: 20, ascii: true},
 	"disk.backing_dirs": {doc: "Directories in which backing files may lie, besides the directory of the image that names them.", path: true},
+	"disk.data_file":    {doc: "What to do with a QCOW2 image that keeps its data in another file, which it names: refuse it, or allow that if the file lies where a backing file may. Allow it for images that you trust.", values: []string{DataFileRefuse, DataFileAllow}},
 	"disk.l2_cache":     {doc: "Memory for the tables of a QCOW2 image. The default suits the image.", min: 64 << 10, max: 1 << 40},
 }
 

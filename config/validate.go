@@ -91,6 +91,8 @@ func (c *Config) checkDisks() Errors {
 				filepath.Base(d.Path), FormatRaw, FormatQCOW2)
 		case format == FormatRaw && len(d.BackingDirs) > 0:
 			fail("backing_dirs", "means nothing for format %q, which has no backing files: remove it", FormatRaw)
+		case format == FormatRaw && d.DataFile != "":
+			fail("data_file", "means nothing for format %q, which names no other file: remove it", FormatRaw)
 		case format == FormatRaw && d.L2Cache > 0:
 			fail("l2_cache", "means nothing for format %q, which has no tables: remove it", FormatRaw)
 		}

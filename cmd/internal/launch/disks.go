@@ -75,5 +75,8 @@ func openImage(d config.Disk, readOnly bool) (image, error) {
 }
 
 func options(d config.Disk, readOnly bool) qcow2.Options {
-	return qcow2.Options{ReadOnly: readOnly, BackingDirs: d.BackingDirs, L2CacheBytes: int64(d.L2Cache)} //nolint:gosec // G115: the rules bound it
+	return qcow2.Options{
+		ReadOnly: readOnly, BackingDirs: d.BackingDirs, DataFile: d.DataFile == config.DataFileAllow,
+		L2CacheBytes: int64(d.L2Cache), //nolint:gosec // G115: the rules bound it
+	}
 }
