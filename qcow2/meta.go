@@ -221,7 +221,7 @@ func (m *Image) claimShared(l1s []extent, fileSize int64) error {
 		const most = 1 << 16 // entries read at a time
 		for l1.n > 0 && left > 0 {
 			n := min(l1.n/8, most, left)
-			table, err := m.loadTable(l1.start, int64(n)*8) //nolint:gosec // G115: at most 512 KiB
+			table, err := m.loadTable(l1.start, int64(n)*8)
 			if err != nil {
 				return err
 			}
