@@ -20,6 +20,9 @@ var (
 	_ blk.Disk       = (*qcow2.Image)(nil)
 	_ blk.Discarder  = (*qcow2.Image)(nil)
 	_ blk.ZeroWriter = (*qcow2.Image)(nil)
+	_ blk.Disk       = (*qcow2.Disk)(nil)
+	_ blk.Discarder  = (*qcow2.Disk)(nil)
+	_ blk.ZeroWriter = (*qcow2.Disk)(nil)
 )
 
 // TestDisk runs the conformance suite of what a block device serves.
@@ -44,71 +47,6 @@ func TestDisk(t *testing.T) {
 			})
 		})
 	}
-}
-
-func Example() {
-	dir, err := os.MkdirTemp("", "example-")
-	if err != nil {
-		panic(err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	path := filepath.Join(dir, "disk.qcow2")
-	if err := qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 30}); err != nil {
-		panic(err)
-	}
-	disk, err := qcow2.Open(path, qcow2.Options{})
-	if err != nil {
-		panic(err)
-	}
-	if _, err := disk.WriteAt([]byte("hello"), 12345); err != nil {
-		panic(err)
-	}
-	if err := disk.Flush(); err != nil {
-		panic(err)
-	}
-	b := make([]byte, 7)
-	if _, err := disk.ReadAt(b, 12344); err != nil {
-		panic(err)
-	}
-	fmt.Printf("%q of %d bytes\n", b, disk.Size())
-	if err := disk.Close(); err != nil {
-		panic(err)
-	}
-	// Output: "\x00hello\x00" of 1073741824 bytes
-}
-
-func ExampleImage_Map() {
-	dir, err := os.MkdirTemp("", "example-")
-	if err != nil {
-		panic(err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	path := filepath.Join(dir, "disk.qcow2")
-	if err := qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 20}); err != nil {
-		panic(err)
-	}
-	disk, err := qcow2.Open(path, qcow2.Options{})
-	if err != nil {
-		panic(err)
-	}
-	if _, err := disk.WriteAt([]byte("hello"), 100000); err != nil {
-		panic(err)
-	}
-	for part, err := range disk.Map(0, disk.Size()) {
-		if err != nil {
-			panic(err)
-		}
-		fmt.Println(part.Offset, part.Length, part.Kind)
-	}
-	fmt.Println(disk.Stats().Allocated, "clusters allocated")
-	if err := disk.Close(); err != nil {
-		panic(err)
-	}
-	// Output:
-	// 0 65536 unallocated
-	// 65536 65536 data
-	// 131072 917504 unallocated
-	// 2 clusters allocated
 }
 
 // killed is the variable that makes the test program the victim of TestKill.

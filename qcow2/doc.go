@@ -7,7 +7,8 @@
 // OpenScratch puts a throw-away overlay over one. An Image is a disk: ReadAt,
 // WriteAt and their vectored forms, WriteZeroes, PunchHole and Discard at any
 // offset and length, Flush, Close. Map tells what its ranges are and where, Stats
-// what it has done.
+// what it has done. WithContext gives a view of it whose requests end early once a
+// context is done.
 //
 // Resize makes the disk longer or shorter while requests go on.
 //

@@ -36,6 +36,11 @@ type Mapping struct {
 // Neighbours that are alike, and contiguous in the file, are one. It ends with
 // the first error. Writes at the same time may show or not, piece by piece.
 func (m *Image) Map(off, n int64) iter.Seq2[Mapping, error] {
+	return m.mappings(off, n, func() error { return nil })
+}
+
+// mappings is Map, which ends with the error of stop before the next lookup.
+func (m *Image) mappings(off, n int64, stop func() error) iter.Seq2[Mapping, error] {
 	return func(yield func(Mapping, error) bool) {
 		if err := m.checkRange(off, n); err != nil {
 			yield(Mapping{}, err)
@@ -43,7 +48,11 @@ func (m *Image) Map(off, n int64) iter.Seq2[Mapping, error] {
 		}
 		var last Mapping // not yielded yet, if it has a length
 		for n > 0 {
-			next, err := m.mapAt(off, n)
+			err := stop()
+			var next Mapping
+			if err == nil {
+				next, err = m.mapAt(off, n)
+			}
 			if err != nil {
 				yield(Mapping{}, err)
 				return
