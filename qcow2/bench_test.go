@@ -1,8 +1,10 @@
 package qcow2
 
 import (
+	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -113,5 +115,92 @@ func BenchmarkAllocate(b *testing.B) {
 				b.StartTimer()
 			}
 		})
+	}
+}
+
+// neighbour is what keeps an image, or the plain file of the same contents, busy
+// beside the reader that BenchmarkBeside measures.
+type neighbour struct {
+	name  string
+	image func(m *Image, p []byte, i int) error
+	plain func(f file, p []byte, i int) error
+}
+
+var neighbours = []neighbour{
+	{"nothing", nil, nil},
+	{
+		"reader",
+		func(m *Image, p []byte, i int) error { _, err := m.ReadAt(p, scatter(i)); return err },
+		func(f file, p []byte, i int) error { return readFull(f, p, scatter(i)) },
+	},
+	{
+		"flusher",
+		func(m *Image, p []byte, i int) error {
+			_, err := m.WriteAt(p, scatter(i))
+			return errors.Join(err, m.Flush())
+		},
+		func(f file, p []byte, i int) error {
+			return errors.Join(writeFull(f, p, scatter(i)), f.Fdatasync())
+		},
+	},
+	{
+		"cold lookups", // of tables that the cache does not hold, whose reads the plain file does too
+		func(m *Image, p []byte, i int) error {
+			m.lock()
+			if id := uint64(1 + i%7); !m.cache.lru.Contains(id) || m.cache.lru.Remove(id) {
+				i = int(id << m.sliceBits)
+			}
+			m.mu.Unlock()
+			_, err := m.ReadAt(p, int64(i)<<m.clusterBits)
+			return err
+		},
+		func(f file, p []byte, i int) error {
+			return errors.Join(readFull(f, p, scatter(i)), readFull(f, p, scatter(i+1)))
+		},
+	},
+}
+
+// BenchmarkBeside measures hot reads of one goroutine while another does what its
+// name says, of an image and of the plain file: what the neighbour costs the reader
+// of an image beyond that is the engine's.
+func BenchmarkBeside(b *testing.B) {
+	m := open(b, create(b, CreateOptions{Size: benchDisk, ClusterSize: 4096}), Options{})
+	chunk := make([]byte, 1<<20)
+	for off := int64(0); off < benchDisk; off += int64(len(chunk)) {
+		if _, err := m.WriteAt(chunk, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if err := m.Flush(); err != nil {
+		b.Fatal(err)
+	}
+	p := buffers()
+	hot := func(i int) int64 { return int64(i%256) * benchBlock } // one slice maps it
+	for _, n := range neighbours {
+		run := func(name string, read, beside func(i int) error) {
+			b.Run("neighbour="+n.name+"/of="+name, func(b *testing.B) {
+				var stop atomic.Bool
+				var wg sync.WaitGroup
+				if n.image != nil {
+					wg.Go(func() {
+						for i := 0; !stop.Load(); i++ {
+							if err := beside(i); err != nil {
+								b.Error(err)
+								return
+							}
+						}
+					})
+				}
+				for i := 0; b.Loop(); i++ {
+					if err := read(i); err != nil {
+						b.Error(err)
+					}
+				}
+				stop.Store(true)
+				wg.Wait()
+			})
+		}
+		run("plain", func(i int) error { return readFull(m.file, p[0], hot(i)) }, func(i int) error { return n.plain(m.file, p[1], i) })
+		run("image", func(i int) error { _, err := m.ReadAt(p[0], hot(i)); return err }, func(i int) error { return n.image(m, p[1], i) })
 	}
 }
