@@ -19,6 +19,7 @@ import (
 var (
 	_ blk.Disk       = (*qcow2.Image)(nil)
 	_ blk.Discarder  = (*qcow2.Image)(nil)
+	_ blk.Hinter     = (*qcow2.Image)(nil)
 	_ blk.ZeroWriter = (*qcow2.Image)(nil)
 	_ blk.Disk       = (*qcow2.Disk)(nil)
 	_ blk.Discarder  = (*qcow2.Disk)(nil)
@@ -148,4 +149,25 @@ func killOnce(t *testing.T, path string, after time.Duration) (last uint64) {
 	}
 	_ = cmd.Wait() // killed
 	return last
+}
+
+// TestIOHints shows what a guest is told of an image.
+func TestIOHints(t *testing.T) {
+	for clusterSize, page := range map[int64]int64{512: 512, 4096: 4096, 2 << 20: 4096} {
+		path := filepath.Join(t.TempDir(), "disk.qcow2")
+		if err := qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 20, ClusterSize: clusterSize}); err != nil {
+			t.Fatal(err)
+		}
+		m, err := qcow2.Open(path, qcow2.Options{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		physical, least, best := m.IOHints()
+		if physical != page || least != 0 || best != clusterSize {
+			t.Errorf("clusters of %d: %d, %d, %d", clusterSize, physical, least, best)
+		}
+		if err := m.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
 }

@@ -98,6 +98,14 @@ func (m *Image) ReadOnly() bool { return m.readOnly }
 // ClusterSize is the unit of allocation in bytes.
 func (m *Image) ClusterSize() int64 { return m.clusterSize }
 
+// IOHints tells a guest which requests suit the image, in bytes: the largest unit
+// that the host writes without reading it first, a page or a cluster if that is
+// less; nothing for the smallest length; and clusters for the best.
+func (m *Image) IOHints() (physicalBlock, minIO, optimalIO int64) {
+	const page = 4096
+	return min(page, m.clusterSize), 0, m.clusterSize
+}
+
 // flight is an operation that several goroutines want done and one does.
 type flight struct {
 	done chan struct{}
