@@ -39,7 +39,7 @@ func newPCIBus(setLine func(gsi, level uint32)) *pciBus {
 }
 
 // slotGSI is the interrupt of pin INTA of a slot.
-func slotGSI(slot int) uint32 { return uint32(gsiPCI + slot%pciLines) } //nolint:gosec // G115: below 24
+func slotGSI(slot int) uint32 { return uint32(gsiPCI + slot%pciLines) }
 
 // line is what pin INTA of the function plugged next is wired to.
 func (b *pciBus) line() *sharedLine { return &b.lines[b.nextSlot%pciLines] }
