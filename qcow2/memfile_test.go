@@ -21,6 +21,9 @@ type memFile struct {
 	// code that asked for them: the control of the crash tests.
 	noBarrier func(site string) bool
 	syncs     int
+	// pause, if set, is called before and after each operation, so that others
+	// run meanwhile.
+	pause func()
 }
 
 var _ file = (*memFile)(nil)
@@ -76,7 +79,17 @@ func (f *memFile) record(e event) {
 	}
 }
 
+// paused pauses now, and again when what it returns is called.
+func (f *memFile) paused() func() {
+	if f.pause == nil {
+		return func() {}
+	}
+	f.pause()
+	return f.pause
+}
+
 func (f *memFile) ReadvAt(iov [][]byte, off int64) error {
+	defer f.paused()()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if err := f.check("read"); err != nil {
@@ -94,6 +107,7 @@ func (f *memFile) ReadvAt(iov [][]byte, off int64) error {
 }
 
 func (f *memFile) WritevAt(iov [][]byte, off int64) error {
+	defer f.paused()()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	err := f.check("write")
@@ -132,6 +146,7 @@ func truncate(image []byte, size int64) []byte {
 }
 
 func (f *memFile) Fdatasync() error {
+	defer f.paused()()
 	f.mu.Lock()
 	f.syncs++
 	err := f.check("sync")
@@ -183,6 +198,7 @@ func (f *memFile) mark(note string) int {
 
 // Punch is a write of zeros, of which a power cut may keep any part.
 func (f *memFile) Punch(off, n int64) error {
+	defer f.paused()()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	err := f.check("punch")

@@ -2,62 +2,204 @@ package qcow2
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
+	"os/exec"
+	"runtime"
+	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
-// TestModelConcurrent lets several goroutines write interleaved sectors and
-// read what they own, with flushes, in rounds of one opening each. After each
-// flush nothing else runs, and the file is checked.
-func TestModelConcurrent(t *testing.T) {
-	rounds, ops := 3, 200
-	if testing.Short() {
-		rounds, ops = 2, 60
-	}
-	for _, c := range []struct {
-		opts CreateOptions
-		base int64
-	}{
-		{CreateOptions{Size: 4 << 20}, 0},
-		{CreateOptions{Size: 1<<20 + 512*3, ClusterSize: 512}, 300000},
-		{CreateOptions{Size: 4 << 20, ClusterSize: 4096, RefcountBits: 1}, 2 << 20},
-		{CreateOptions{Size: 16 << 20, ClusterSize: 2 << 20}, 20 << 20},
-	} {
-		t.Run(fmt.Sprint(c.opts.ClusterSize), func(t *testing.T) {
+// models are what many goroutines do at once. Their ranges overlap.
+var models = []workload{
+	{name: "64K", opts: CreateOptions{Size: 2 << 20}, queues: 8, ops: 150, mix: modelMix},
+	{name: "512", opts: CreateOptions{Size: 512<<10 + 3*512, ClusterSize: 512}, under: 300 << 10, queues: 6, ops: 150, mix: modelMix + " discard"},
+	{name: "1K, version 2", opts: CreateOptions{Size: 256 << 10, ClusterSize: 1024, Version: 2}, queues: 4, ops: 150, mix: modelMix},
+	{name: "4K, counts of 1 bit", opts: CreateOptions{Size: 1 << 20, ClusterSize: 4096, RefcountBits: 1}, under: 600 << 10, packed: true, queues: 8, ops: 150, mix: modelMix},
+	{name: "4K, counts of 2 bits, compressed", opts: CreateOptions{Size: 512 << 10, ClusterSize: 4096, RefcountBits: 2}, queues: 8, ops: 100, mix: modelMix + " pack pack pack pack discard"},
+	{name: "4K, all compressed", opts: CreateOptions{Size: 512 << 10, ClusterSize: 4096}, full: true, queues: 4, ops: 150, mix: modelMix},
+	{name: "8K, counts of 4 bits, resized", opts: CreateOptions{Size: 1 << 20, ClusterSize: 8 << 10, RefcountBits: 4}, queues: 4, ops: 150, mix: resizeMix + " clone audit settle"},
+	{name: "512, counts of 64 bits, resized over backing", opts: CreateOptions{Size: 256 << 10, ClusterSize: 512, RefcountBits: 64}, under: 300 << 10, queues: 4, ops: 150, mix: resizeMix + " clone audit settle"},
+	{name: "16K, counts of 32 bits", opts: CreateOptions{Size: 1 << 20, ClusterSize: 16 << 10, RefcountBits: 32}, queues: 1, ops: 300, mix: modelMix + " discard resize"},
+	{name: "64K, counts of 8 bits, snapshot", opts: CreateOptions{Size: 2 << 20, RefcountBits: 8}, prepare: snapshotted(1 << 20), queues: 8, ops: 150, mix: modelMix},
+	{name: "2M", opts: CreateOptions{Size: 6 << 20, ClusterSize: 2 << 20}, under: 3 << 20, queues: 8, ops: 24, mix: modelMix},
+}
+
+const modelMix = "write write write write write write write read read read read fill zero punch flush flush clone audit settle reopen"
+
+// TestModel lets up to 8 goroutines write, read, erase, flush, resize and reopen an
+// image whose cache holds a few tables only, where their ranges overlap. Each
+// sector that is read has the value of a write that may be the last one. After
+// each flush no cluster has two owners; a copy of the file, as a killed process
+// leaves it, has all that was flushed.
+func TestModel(t *testing.T) {
+	for _, w := range models {
+		t.Run(w.name, func(t *testing.T) {
 			r := newSeed(t)
-			dir := t.TempDir()
-			model := make([]byte, c.opts.Size)
-			path := dir + "/disk.qcow2"
-			if c.base > 0 {
-				copy(model, makeBase(t, r, dir, "raw", c.base))
-				c.opts.BackingFile, c.opts.BackingFormat = "base.raw", "raw"
+			if brief() {
+				w.ops /= 3
 			}
-			if err := Create(path, c.opts); err != nil {
-				t.Fatal(err)
+			run := newRun(t, w)
+			run.opts.L2CacheBytes = 1
+			run.f.rec = false
+			run.f.pause = pauses(r.Uint64())
+			run.m = run.open(t, run.f, false)
+			run.play(t, w, r)
+			run.sound(t, "at the end")
+			must(t, run.close())
+			run.noLeaks(t)
+			run.reopened(t, "closed", run.f)
+			o := newOracles(t, run, w, r)
+			if _, err := exec.LookPath("qemu-img"); err != nil || t.Failed() {
+				return
 			}
-			for range rounds {
-				m := open(t, path, Options{L2CacheBytes: 1})
-				modelRound(t, m, r, model, ops)
-				got := make([]byte, m.Size())
-				if err := m.ReadvAt([][]byte{got}, 0); err != nil {
-					t.Fatal(err)
-				}
-				if !bytes.Equal(got, model) {
-					t.Fatal("the disk differs from the model")
-				}
-				if err := m.Flush(); err != nil {
-					t.Fatal(err)
-				}
-				checkFile(t, m, path)
-				closeImage(t, m)
-			}
-			qemu(t, "qemu-img", "check", "-q", path)
-			compare(t, dir, path, model)
+			disk, err := run.verify(t, state{cut: math.MaxInt, data: run.f.data})
+			must(t, err)
+			must(t, o.witness(run.f.data, disk))
 		})
 	}
+}
+
+// pauses returns a function that lets other goroutines run, now and then for long.
+func pauses(seed uint64) func() {
+	var mu sync.Mutex
+	r := rand.New(rand.NewPCG(seed, 2))
+	return func() {
+		mu.Lock()
+		n := r.IntN(64)
+		mu.Unlock()
+		if n == 0 {
+			time.Sleep(100 * time.Microsecond)
+			return
+		}
+		for ; n > 48; n-- {
+			runtime.Gosched()
+		}
+	}
+}
+
+// clone copies the file, at any instant, and opens the copy: what was flushed is
+// there.
+func (w *worker) clone() error {
+	run := w.run
+	run.mu.Lock()
+	at := run.f.mark("clone")
+	run.f.mu.Lock()
+	data := slices.Clone(run.f.data)
+	run.f.mu.Unlock()
+	run.mu.Unlock()
+	if err := checkState(data); err != nil {
+		return err
+	}
+	m, err := run.openIn(&memFile{data: data}, Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	disk := make([]byte, m.Size())
+	if err := errors.Join(m.ReadvAt([][]byte{disk}, 0), m.Close()); err != nil {
+		return err
+	}
+	run.mu.Lock()
+	defer run.mu.Unlock()
+	return run.judgeDisk(disk, at)
+}
+
+// audit flushes while others go on, and looks whether the image knows one owner of
+// each cluster.
+func (w *worker) audit() error {
+	if err := w.flush(); err != nil {
+		return err
+	}
+	return checkOwners(w.run.m)
+}
+
+// settle flushes, alone, until all that was freed is free: then the counts agree
+// with the references.
+func (w *worker) settle() error {
+	run := w.run
+	for range 3 {
+		if err := w.flush(); err != nil {
+			return err
+		}
+	}
+	// What has room for more compressed data counts once more.
+	if leaks := checkImage(run.f.data).leaks; leaks > len(run.m.packer.held) && !run.leaky {
+		return fmt.Errorf("%d leaks while nobody else is at work", leaks)
+	}
+	return checkIdle(run.m, run.f.data)
+}
+
+// checkIdle checks an image that nobody else uses and that was flushed, whose file
+// is b: it has no corruption, and no cluster in the pool is in use.
+func checkIdle(m *Image, b []byte) error {
+	v, refs := inspect(b)
+	if len(v.corruptions) > 0 {
+		return fmt.Errorf("after a flush: %v", v.corruptions)
+	}
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	free, err := poolOf(m)
+	for c := range refs {
+		if free[c] {
+			return fmt.Errorf("cluster %#x is in the pool and in use", c)
+		}
+	}
+	return err
+}
+
+// poolOf returns the clusters in the pool of an image, whose lock is held.
+func poolOf(m *Image) (map[uint64]bool, error) {
+	free := map[uint64]bool{}
+	for _, e := range slices.Concat(m.pool.fresh, m.pool.recycled) {
+		for c := e.start; c < e.start+e.n; c++ {
+			if free[c] || m.meta.at(c) != metaNone {
+				return nil, fmt.Errorf("cluster %#x is in the pool twice, or holds the %s", c, m.meta.at(c))
+			}
+			free[c] = true
+		}
+	}
+	return free, nil
+}
+
+// checkOwners looks at one instant of an image in use: what is in the pool is
+// nothing else, and what one entry in memory owns no other does.
+func checkOwners(m *Image) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	free, err := poolOf(m)
+	if err != nil {
+		return err
+	}
+	gone := slices.Clone(m.freed)
+	for _, b := range m.released {
+		gone = append(gone, b.clusters...)
+	}
+	for _, c := range gone {
+		if free[c] {
+			return fmt.Errorf("cluster %#x is in the pool and is not free yet", c)
+		}
+	}
+	owned := map[uint64]bool{}
+	for _, s := range m.cache.lru.Values() {
+		words := len(s.entries) >> m.sliceBits
+		for i := 0; i < len(s.entries); i += words {
+			e := s.entries[i]
+			if e&entryCopied == 0 || e&entryCompressed != 0 || m.l1[m.l1Index(s.id)]&entryCopied == 0 {
+				continue
+			}
+			c := e & entryOffset >> m.clusterBits
+			if owned[c] || m.meta.at(c) != metaNone {
+				return fmt.Errorf("cluster %#x has two owners, or holds the %s", c, m.meta.at(c))
+			}
+			owned[c] = true
+		}
+	}
+	return nil
 }
 
 // checkFile checks the file of an idle image: that it is consistent, and that no
@@ -65,33 +207,12 @@ func TestModelConcurrent(t *testing.T) {
 func checkFile(t testing.TB, m *Image, path string) {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if v := checkImage(b); len(v.corruptions) > 0 {
-		t.Fatalf("after a flush: %v", v.corruptions)
-	}
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	seen := map[uint64]bool{}
-	for _, list := range [][]extent{m.pool.fresh, m.pool.recycled} {
-		for _, e := range list {
-			for c := e.start; c < e.start+e.n; c++ {
-				if seen[c] || m.meta.at(c) != metaNone {
-					t.Fatalf("cluster %#x is in the pool twice, or holds the %s", c, m.meta.at(c))
-				}
-				seen[c] = true
-			}
-		}
-	}
-	for c := range referenced(b) {
-		if seen[c] {
-			t.Fatalf("cluster %#x is in the pool and in use", c)
-		}
-	}
+	must(t, err)
+	must(t, checkIdle(m, b))
 }
 
-// modelRound runs 8 goroutines, of which each owns the sectors of one residue.
+// modelRound runs 8 goroutines that write parts of sectors. Each owns the sectors of
+// one residue.
 func modelRound(t *testing.T, m *Image, r *rand.Rand, model []byte, ops int) {
 	t.Helper()
 	const workers = 8
@@ -136,57 +257,6 @@ func modelRound(t *testing.T, m *Image, r *rand.Rand, model []byte, ops int) {
 		})
 	}
 	wg.Wait()
-}
-
-// TestOverlappingWriters lets goroutines write overlapping ranges, each write
-// with one value: every sector then has the value of one of the writes to it.
-func TestOverlappingWriters(t *testing.T) {
-	r := newSeed(t)
-	const size = 1 << 20
-	path := create(t, CreateOptions{Size: size, ClusterSize: 4096})
-	m := open(t, path, Options{})
-	var mu sync.Mutex
-	may := make([]map[byte]bool, size/sector)
-	for i := range may {
-		may[i] = map[byte]bool{0: true}
-	}
-	var wg sync.WaitGroup
-	for g := range 6 {
-		r := rand.New(rand.NewPCG(r.Uint64(), 0))
-		wg.Go(func() {
-			for i := range 40 {
-				off := r.Int64N(size/sector-100) * sector
-				n := (1 + r.Int64N(100)) * sector
-				v := byte(1 + g*40 + i)
-				mu.Lock()
-				for s := off / sector; s < (off+n)/sector; s++ {
-					may[s][v] = true
-				}
-				mu.Unlock()
-				if _, err := m.WriteAt(bytes.Repeat([]byte{v}, int(n)), off); err != nil {
-					t.Error(err)
-				}
-				if i%10 == 0 {
-					if err := m.Flush(); err != nil {
-						t.Error(err)
-					}
-				}
-			}
-		})
-	}
-	wg.Wait()
-	got := make([]byte, size)
-	if _, err := m.ReadAt(got, 0); err != nil {
-		t.Fatal(err)
-	}
-	for s := range may {
-		b := got[s*sector : (s+1)*sector]
-		if v := b[0]; !may[s][v] || !bytes.Equal(b, bytes.Repeat([]byte{v}, sector)) {
-			t.Fatalf("sector %d has value %d, which no write to it had, or a mixture", s, v)
-		}
-	}
-	closeImage(t, m)
-	qemu(t, "qemu-img", "check", "-q", path)
 }
 
 // TestHotPathDoesNotAllocate guards the reads and overwrites of a full disk.

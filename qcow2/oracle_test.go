@@ -131,11 +131,16 @@ func (run *crashRun) verify(t testing.TB, s state) ([]byte, error) {
 	if err := m.ReadvAt([][]byte{disk}, 0); err != nil {
 		return nil, err
 	}
-	sectors, length := run.flushed(s.cut)
-	if err := run.length.may(uint64(len(disk)/sector), length, s.cut); err != nil {
-		return nil, fmt.Errorf("the disk's length %w", err)
+	return disk, run.judgeDisk(disk, s.cut)
+}
+
+// judgeDisk judges the contents of the disk after a power cut.
+func (run *crashRun) judgeDisk(disk []byte, at int) error {
+	sectors, length := run.flushed(at)
+	if err := run.length.may(uint64(len(disk)/sector), length, at); err != nil {
+		return fmt.Errorf("the disk's length %w", err)
 	}
-	return disk, run.judgeSectors(0, disk, sectors, s.cut)
+	return run.judgeSectors(0, disk, sectors, at)
 }
 
 // judgeSectors returns an error unless the sectors from lba on may be what b has

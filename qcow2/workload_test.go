@@ -67,6 +67,9 @@ var steps = map[string]step{
 	"discard": {do: func(w *worker) error { return w.erase(eraseDiscard) }},
 	"flush":   {do: (*worker).flush},
 	"reopen":  {do: (*worker).reopen, alone: true},
+	"clone":   {do: (*worker).clone},
+	"audit":   {do: (*worker).audit},
+	"settle":  {do: (*worker).settle, alone: true},
 }
 
 // crashRun is an image, its file, and what its sectors may be.
@@ -87,8 +90,9 @@ type crashRun struct {
 	// tolerate says which errors of a step are to be expected; none if nil.
 	tolerate func(error) bool
 
-	turn sync.RWMutex // held by each step, exclusively by those that are alone
-	m    *Image       // changes only while turn is held exclusively
+	resizing sync.Mutex   // held by one who resizes
+	turn     sync.RWMutex // held by each step, exclusively by those that are alone
+	m        *Image       // changes only while turn is held exclusively
 }
 
 // flush is a flush that succeeded, by positions in the log.
@@ -359,9 +363,11 @@ func (w *worker) read() error {
 // resize makes the disk longer or shorter, by up to a half of its first length.
 // What it gains is zero, what it loses will be.
 func (w *worker) resize() error {
-	first := int64(len(w.run.disk))
-	size := (first/2 + w.r.Int64N(first)) &^ (sector - 1)
 	run := w.run
+	run.resizing.Lock() // the options go by the length
+	defer run.resizing.Unlock()
+	first := int64(len(run.disk))
+	size := (first/2 + w.r.Int64N(first)) &^ (sector - 1)
 	run.mu.Lock()
 	from := uint64(min(size, run.m.Size()) / sector)
 	length, lost := run.begin(uint64(size/sector)), run.begin(0)
