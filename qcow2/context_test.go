@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // TestDiskStops ends the context while a request is in its second piece: that is
@@ -127,4 +128,54 @@ func TestDiskRequests(t *testing.T) {
 	if at != size || d.Size() != size || d.ReadOnly() || d.DiscardGranularity() != 4096 {
 		t.Errorf("mapped %d of %d bytes", at, d.Size())
 	}
+}
+
+// TestDiskStopsWaiting ends the context of requests that wait: for a write to their
+// cluster that is held up, and for what runs exclusively.
+func TestDiskStopsWaiting(t *testing.T) {
+	run := crashImage(t, CreateOptions{Size: 1 << 20, ClusterSize: 4096}, nil)
+	m := run.open(t, run.f, false)
+	must(t, m.WritevAt([][]byte{{1}}, 0)) // so that there is an L2 table
+	b := bytes.Repeat([]byte{2}, 4096)
+	requests := func(d *Disk) map[string]error {
+		return map[string]error{
+			"write": d.WritevAt([][]byte{b}, 8192), "compressed": d.WriteCompressed(b, 8192), "zeroes": d.WriteZeroes(8192, 4096),
+		}
+	}
+	stop := func() *Disk {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		t.Cleanup(cancel)
+		return m.WithContext(ctx)
+	}
+	var first atomic.Bool
+	gate := newGate(m, func(write bool, _, _ int64) bool { return write && first.CompareAndSwap(false, true) })
+	done := make(chan error)
+	go func() { done <- m.WritevAt([][]byte{b}, 4096) }()
+	<-gate.held
+	must(t, m.WithContext(t.Context()).WritevAt([][]byte{b}, 16384)) // another cluster
+	for range 2 {
+		d := stop()
+		if err := d.WritevAt([][]byte{b, b}, 2048); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a write into a claim: %v", err)
+		}
+	}
+	close(gate.open)
+	must(t, <-done)
+	must(t, m.exclusively(func() error {
+		d := stop()
+		all := requests(d)
+		all["read"], all["flush"] = d.ReadvAt([][]byte{b}, 0), d.Flush()
+		for name, err := range all {
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%s, while requests are kept out: %v", name, err)
+			}
+		}
+		return nil
+	}))
+	for name, err := range requests(m.WithContext(t.Context())) {
+		if err != nil {
+			t.Errorf("%s, afterwards: %v", name, err)
+		}
+	}
+	closeImage(t, m)
 }

@@ -9,11 +9,12 @@ import (
 // Disk is a view of an Image whose requests end early when a context is done. Its
 // methods are those of the Image, and as safe for concurrent use.
 //
-// A request is done in pieces, which end at multiples of 4 MiB of the disk, and
-// looks at the context before each: a piece that has begun is finished, with what
-// it waits for, such as another write to the same clusters. So an error that wraps
-// the context's comes within the time of one piece, and the pieces before it are
-// done. Nothing else of an interrupted request stays behind.
+// A request is done in pieces, which end at multiples of 4 MiB of the disk. Before
+// each it looks at the context, and waits no longer than that for what keeps it
+// from beginning: Resize and the like, and for a write the requests that have
+// others of its clusters in work. A piece that has begun is finished. So an error
+// that wraps the context's comes within the time of one piece, and the pieces
+// before it are done.
 type Disk struct {
 	image *Image
 	ctx   context.Context
@@ -41,7 +42,7 @@ func (d *Disk) err() error {
 func (d *Disk) pieces(off, n int64, do func(off, n int64) error) (int64, error) {
 	var done int64
 	for done < n {
-		if err := d.err(); err != nil {
+		if err := d.admitted(); err != nil {
 			return done, err
 		}
 		at := off + done
@@ -52,6 +53,48 @@ func (d *Disk) pieces(off, n int64, do func(off, n int64) error) (int64, error) 
 		done += part
 	}
 	return done, nil
+}
+
+// admitted waits while requests are kept out of the image.
+func (d *Disk) admitted() error {
+	d.image.mu.RLock()
+	gate := d.image.gate
+	d.image.mu.RUnlock()
+	if gate != nil {
+		return d.wait(gate)
+	}
+	return d.err()
+}
+
+// wait returns when done is closed, or with an error once the context is done.
+func (d *Disk) wait(done <-chan struct{}) error {
+	select {
+	case <-done:
+	case <-d.ctx.Done():
+	}
+	return d.err()
+}
+
+// unclaimed waits for the claims that others have now to guest clusters in
+// [off, off+n). A write that meets one made later waits for it as any other does.
+func (d *Disk) unclaimed(off, n int64) error {
+	m := d.image
+	end := m.cluster(off+n-1) + 1
+	for c := m.cluster(off); c < end; {
+		m.lock()
+		other := m.inflight.overlapping(c)
+		if other == nil || other.guest >= end {
+			m.mu.Unlock()
+			return nil
+		}
+		done := other.wait()
+		c = other.end()
+		m.mu.Unlock()
+		if err := d.wait(done); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Size is the length of the disk in bytes.
@@ -67,7 +110,7 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	if size := d.Size(); off >= 0 && off <= size {
 		n = min(n, size-off)
 	}
-	done, err := d.move(d.image.ReadvAt, d.image.checkRange, [][]byte{p[:n]}, off)
+	done, err := d.read([][]byte{p[:n]}, off)
 	if err == nil && n < int64(len(p)) {
 		err = io.EOF
 	}
@@ -77,31 +120,51 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 // WriteAt implements io.WriterAt. Stopped early, it returns how many bytes it has
 // written for certain.
 func (d *Disk) WriteAt(p []byte, off int64) (int, error) {
-	done, err := d.move(d.image.WritevAt, d.image.checkWrite, [][]byte{p}, off)
+	done, err := d.write([][]byte{p}, off)
 	return int(done), err
 }
 
 // ReadvAt is Image.ReadvAt.
 func (d *Disk) ReadvAt(iov [][]byte, off int64) error {
-	_, err := d.move(d.image.ReadvAt, d.image.checkRange, iov, off)
+	_, err := d.read(iov, off)
 	return err
 }
 
 // WritevAt is Image.WritevAt.
 func (d *Disk) WritevAt(iov [][]byte, off int64) error {
-	_, err := d.move(d.image.WritevAt, d.image.checkWrite, iov, off)
+	_, err := d.write(iov, off)
 	return err
 }
 
-// move calls do with the pieces of iov, if check allows all of it.
-func (d *Disk) move(do func([][]byte, int64) error, check func(off, n int64) error, iov [][]byte, off int64) (int64, error) {
+// read fills iov from off and returns how many bytes it has read.
+func (d *Disk) read(iov [][]byte, off int64) (int64, error) {
 	n := length(iov)
-	if err := check(off, n); err != nil {
+	if err := d.image.checkRange(off, n); err != nil {
 		return 0, err
 	}
 	r := newRequest(iov)
 	defer r.release()
-	return d.pieces(off, n, func(off, n int64) error { return do(r.take(n), off) })
+	return d.pieces(off, n, func(off, n int64) error { return d.image.read(r, off, n) })
+}
+
+// write writes iov at off and returns how many bytes it has written for certain.
+func (d *Disk) write(iov [][]byte, off int64) (int64, error) {
+	r := newRequest(iov)
+	defer r.release()
+	return d.change(off, length(iov), func(off, n int64) error { return d.image.write(r, off, n) })
+}
+
+// change is pieces for what changes the disk.
+func (d *Disk) change(off, n int64, do func(off, n int64) error) (int64, error) {
+	if err := d.image.checkWrite(off, n); err != nil {
+		return 0, err
+	}
+	return d.pieces(off, n, func(off, n int64) error {
+		if err := d.unclaimed(off, n); err != nil {
+			return err
+		}
+		return do(off, n)
+	})
 }
 
 // WriteZeroes is Image.WriteZeroes.
@@ -117,24 +180,19 @@ func (d *Disk) Discard(off, n int64) error { return d.erase(d.image.Discard, off
 func (d *Disk) DiscardGranularity() int64 { return d.image.DiscardGranularity() }
 
 func (d *Disk) erase(do func(off, n int64) error, off, n int64) error {
-	if err := d.image.checkWrite(off, n); err != nil {
-		return err
-	}
-	_, err := d.pieces(off, n, do)
+	_, err := d.change(off, n, do)
 	return err
 }
 
 // WriteCompressed is Image.WriteCompressed: one piece.
 func (d *Disk) WriteCompressed(p []byte, off int64) error {
-	if err := d.err(); err != nil {
-		return err
-	}
-	return d.image.WriteCompressed(p, off)
+	_, err := d.change(off, int64(len(p)), func(off, _ int64) error { return d.image.WriteCompressed(p, off) })
+	return err
 }
 
 // Flush is Image.Flush: one piece, because a commit that has begun has to end.
 func (d *Disk) Flush() error {
-	if err := d.err(); err != nil {
+	if err := d.admitted(); err != nil {
 		return err
 	}
 	return d.image.Flush()
