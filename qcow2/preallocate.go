@@ -59,6 +59,15 @@ func (p Preallocation) prepare(f file, off, n int64) error {
 // zero, their places, and returns how many bytes that was: zero if only something
 // in the way was removed. off is the beginning of a cluster.
 func (m *Image) preallocate(off, n int64, mode Preallocation) (int64, error) {
+	s, err := m.lookup(off, n, 0)
+	if err != nil {
+		return 0, err
+	}
+	s.pin.leave()
+	if s.kind == kindNormal {
+		// A write that began before the disk became shorter has been late.
+		return min(n, m.clusterSize), nil
+	}
 	p, err := m.hold(0)
 	if err != nil {
 		return 0, err
@@ -83,10 +92,13 @@ func (m *Image) preallocate(off, n int64, mode Preallocation) (int64, error) {
 // that mode says.
 func (m *Image) prepareHost(e extent, mode Preallocation) error {
 	off, n := m.offset(e.start), m.offset(e.n)
+	if m.external {
+		n = min(n, m.reach.Load()-off) // a data file is as long as the disk
+	}
 	if !e.virgin && (!m.external || m.data.Punch(off, n) != nil) {
 		return PreallocateFull.prepare(m.data, off, n)
 	}
-	if mode == PreallocateMetadata {
+	if mode == PreallocateMetadata && !m.external {
 		// The file has to be so long, and only what is written at its end
 		// makes it longer without a risk to what others write there.
 		return writeFull(m.data, zeros[:diskUnit], off+n-diskUnit)
