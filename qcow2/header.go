@@ -31,6 +31,8 @@ const (
 	incompatCompression = 3
 	incompatExtendedL2  = 4
 
+	knownIncompatible = 1<<incompatDirty | 1<<incompatCorrupt | 1<<incompatDataFile | 1<<incompatCompression | 1<<incompatExtendedL2
+
 	compatLazyRefcounts = 0
 
 	autoclearBitmaps = 0
@@ -248,8 +250,7 @@ func (h *header) checkFeatures(names featureNames) error {
 	if h.compression > compressionZstd {
 		return unsupported(fmt.Sprintf("compression type %d", h.compression), "-o compression_type=zstd")
 	}
-	const known = 1<<incompatDirty | 1<<incompatCorrupt | 1<<incompatDataFile | 1<<incompatCompression | 1<<incompatExtendedL2
-	if unknown := h.incompatible &^ known; unknown != 0 {
+	if unknown := h.incompatible &^ knownIncompatible; unknown != 0 {
 		bit := uint(bits.TrailingZeros64(unknown))
 		return unsupported(fmt.Sprintf("%s (incompatible feature bit %d)", names.of(featureIncompatible, bit), bit), "")
 	}
