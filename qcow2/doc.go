@@ -10,7 +10,9 @@
 // what it has done. WithContext gives a view of it whose requests end early once a
 // context is done.
 //
-// Resize makes the disk longer or shorter while requests go on.
+// Resize makes the disk longer or shorter while requests go on. CreateSnapshot,
+// ApplySnapshot and DeleteSnapshot change the internal snapshots of an open image,
+// which keeps requests waiting meanwhile; Options.Snapshot opens one for reading.
 //
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but
@@ -22,8 +24,7 @@
 // external data file with ErrBackingRefused unless Options allow it. An image that is marked corrupt is
 // opened for reading only, until Repair has made it sound. WriteCompressed makes
 // compressed clusters; any other write to one makes it a normal cluster. Internal
-// snapshots are kept, as what they share is copied before it is written, and may
-// be opened for reading.
+// snapshots are kept, as what they share is copied before it is written.
 //
 // # Trust
 //
@@ -37,8 +38,9 @@
 //
 // In the order in which they are taken:
 //
-//  1. Image.resizing, held by a Resize from beginning to end; then Image.turns,
-//     held by Close and by whoever runs something exclusively.
+//  1. Image.resizing, held from beginning to end by a Resize and by a change of
+//     internal snapshots; then Image.turns, held by Close and by whoever runs
+//     something exclusively.
 //  2. commits.running: held by the one goroutine that commits, across its I/O
 //     and barriers. Flushes wait for it, and writers when too much is dirty.
 //  3. refcounts.mu: held by the commit while it applies counts, and by the
@@ -98,6 +100,11 @@
 // commit than the one whose phase B removed the pointers. Refcount blocks are
 // made ahead of need with a barrier of their own, and a larger refcount table
 // with two.
+//
+// A change of internal snapshots writes a new structure of counts, a new L1 table
+// and new L2 tables where COPIED flags change, all to clusters that nothing points
+// to. After a barrier one write of one sector of the header puts them in the place
+// of the old ones, and after a second barrier those are let go.
 //
 // So at every instant, and after the loss of any unsynced writes, counts are at
 // least as high as the number of pointers, pointers lead to complete contents,

@@ -32,6 +32,7 @@ func (m *Image) findFree(n uint64) error {
 	if enough {
 		return nil // another caller was faster
 	}
+	r.run = max(r.run, n)
 	found, err := r.search()
 	m.lock()
 	defer m.mu.Unlock()
@@ -105,6 +106,16 @@ func (r *refcounts) searchSlice(found []extent, n uint64) ([]extent, uint64, err
 	return found, n, nil
 }
 
+// perSector is how many entries of the refcount table share a sector.
+const perSector = 512 / 8
+
+// longestRun is how many contiguous clusters can be found: what the blocks that
+// are made together count, beside themselves.
+func (r *refcounts) longestRun() uint64 {
+	perBlock := uint64(1) << r.img.refBlockBits
+	return min(perSector, perBlock) * (perBlock - 1)
+}
+
 // newBlocks makes refcount blocks for the entries of the table from first on,
 // which are empty. The blocks lie at the beginning of the range that they count
 // and count themselves. They are durable before the table points to them; that
@@ -112,8 +123,7 @@ func (r *refcounts) searchSlice(found []extent, n uint64) ([]extent, uint64, err
 // range. The entries written together share a sector, so none becomes durable
 // without the first, whose block counts them all. mu is held.
 func (r *refcounts) newBlocks(first uint64) error {
-	const perSector = 512 / 8
-	most := min(max(uint64(newBlocksBytes)>>r.img.clusterBits>>r.img.refBlockBits, 1),
+	most := min(max(max(newBlocksBytes>>r.img.clusterBits, 2*r.run)>>r.img.refBlockBits, 1),
 		1<<r.img.refBlockBits, perSector-first%perSector, uint64(len(r.table))-first)
 	n := uint64(1)
 	for n < most && r.table[first+n] == 0 {

@@ -43,13 +43,12 @@ type Image struct {
 	// holes into the file.
 	unpunchable atomic.Bool
 
-	// resizing lets only one goroutine resize the disk. It is taken before all
-	// other locks.
+	// resizing lets only one goroutine resize the disk or change the internal
+	// snapshots. It is taken before all other locks.
 	resizing sync.Mutex
 
 	// turns lets only one goroutine close the image or run something
-	// exclusively. It is taken before all other locks
-	// but resizing.
+	// exclusively. It is taken before all other locks but resizing.
 	turns sync.Mutex
 
 	// syncMu makes calls of fdatasync take turns. It is held across them, and

@@ -285,7 +285,8 @@ func (f *unlockedFile) Fdatasync() error {
 }
 
 // TestNoIOUnderLock goes through table loads and evictions, new tables, refcount
-// blocks and a new refcount table, copy-on-write, flushes, corruption and Close.
+// blocks and a new refcount table, copy-on-write, flushes, snapshots, corruption and
+// Close.
 func TestNoIOUnderLock(t *testing.T) {
 	r := newSeed(t)
 	packed := compressedRun(t, 128<<10, 512)
@@ -313,6 +314,11 @@ func TestNoIOUnderLock(t *testing.T) {
 			if i%10 == 0 {
 				if err := m.Flush(); err != nil {
 					t.Fatal(err)
+				}
+			}
+			if i%25 == 0 {
+				for _, how := range []string{"-c", "-a", "-d"} {
+					must(t, changeSnapshot(m, how, "s"))
 				}
 			}
 		}

@@ -45,6 +45,7 @@ type refcounts struct {
 	// free ones among them are the pool's; those above belong to the search.
 	cursor uint64
 	virgin uint64 // clusters from here on were beyond the end of the file at open
+	run    uint64 // the most contiguous clusters that were asked for
 }
 
 func (r *refcounts) sliceBytes() int64 { return min(r.img.clusterSize, 4096) }
