@@ -2,12 +2,15 @@ package qcow2
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func writeFile(t testing.TB, path string, b []byte) {
@@ -72,7 +75,9 @@ func ourWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 	m := open(t, path, Options{L2CacheBytes: 1, DataFile: true})
 	for range n {
 		off, n := randomRange(r, int64(len(model)), int64(len(model)/10))
-		switch r.IntN(5) {
+		switch r.IntN(6) {
+		case 5:
+			packCluster(t, m, r, model, off)
 		case 4:
 			erase(t, m, model, r.IntN(3), off, n)
 		case 0:
@@ -104,6 +109,22 @@ func ourWrite(t testing.TB, r *rand.Rand, path string, model []byte, n int) {
 		t.Fatal("the disk differs from the model")
 	}
 	closeImage(t, m)
+}
+
+// packCluster writes the cluster of off compressed, where the image can have such.
+func packCluster(t testing.TB, m *Image, r *rand.Rand, model []byte, off int64) {
+	t.Helper()
+	off -= m.inCluster(off)
+	b := bytes.Clone(model[off:min(off+m.clusterSize, m.Size())])
+	fillRandom(r, b[:len(b)/4])
+	copy(b[len(b)/2:], b[:len(b)/4])
+	switch err := m.WriteCompressed(b, off); {
+	case err == nil:
+		copy(model[off:], b)
+	case m.data != m.file && errors.Is(err, ErrUnsupported), errors.Is(err, unix.EFBIG):
+	default:
+		t.Fatal(err)
+	}
 }
 
 // compare lets QEMU compare the image with the model.
