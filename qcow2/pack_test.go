@@ -47,55 +47,73 @@ func writeClusters(t *testing.T, m *Image, model []byte) {
 }
 
 // TestWriteCompressed lets QEMU judge images whose clusters were written
-// compressed, by several goroutines, twice.
+// compressed, by several goroutines, twice: some with a snapshot of the first time.
 func TestWriteCompressed(t *testing.T) {
 	for _, c := range []struct {
 		options string
 		size    int
+		snap    bool
 	}{
-		{"cluster_size=512,refcount_bits=1", 61440},
-		{"cluster_size=512,refcount_bits=16,compression_type=zstd", 61440},
-		{"cluster_size=4k,refcount_bits=2,compression_type=zstd", 1<<20 + 512},
-		{"cluster_size=4k,refcount_bits=4", 1 << 20},
-		{"cluster_size=64k,refcount_bits=8,compression_type=zstd", 5<<20 + 512},
-		{"cluster_size=64k,compat=0.10", 5 << 20},
-		{"cluster_size=64k,refcount_bits=32", 5<<20 + 1024},
-		{"cluster_size=64k,extended_l2=on,compression_type=zstd", 5 << 20},
-		{"cluster_size=2M,refcount_bits=64", 11 << 20},
-		{"cluster_size=2M,refcount_bits=1,compression_type=zstd", 9 << 20},
+		{"cluster_size=512,refcount_bits=1", 61440, false},
+		{"cluster_size=512,refcount_bits=16,compression_type=zstd", 61440, true},
+		{"cluster_size=4k,refcount_bits=2,compression_type=zstd", 1<<20 + 512, false},
+		{"cluster_size=4k,refcount_bits=4", 1 << 20, false},
+		{"cluster_size=64k,refcount_bits=8,compression_type=zstd", 5<<20 + 512, false},
+		{"cluster_size=64k,compat=0.10", 5 << 20, true},
+		{"cluster_size=64k,refcount_bits=32", 5<<20 + 1024, false},
+		{"cluster_size=64k,extended_l2=on,compression_type=zstd", 5 << 20, true},
+		{"cluster_size=2M,refcount_bits=64", 11 << 20, true},
+		{"cluster_size=2M,refcount_bits=1,compression_type=zstd", 9 << 20, false},
 	} {
 		t.Run(c.options, func(t *testing.T) {
 			r := newSeed(t)
 			dir := t.TempDir()
 			path := filepath.Join(dir, "disk.qcow2")
 			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", c.options, path, fmt.Sprint(c.size))
-			m := open(t, path, Options{CompressionLevel: r.IntN(8)})
-			model := make([]byte, m.Size())
-			for range 2 {
-				for off := int64(0); off < m.Size(); off += m.clusterSize {
-					fillCluster(r, model[off:min(off+m.clusterSize, m.Size())])
-				}
-				writeClusters(t, m, model)
+			opts := Options{CompressionLevel: r.IntN(8)}
+			first := packAll(t, r, path, opts)
+			if c.snap {
+				qemu(t, "qemu-img", "snapshot", "-c", "s", path)
 			}
-			got := make([]byte, m.Size())
-			must(t, m.ReadvAt([][]byte{got}, 0))
-			if !bytes.Equal(got, model) {
-				t.Error("wrong contents while open")
-			}
-			closeImage(t, m)
+			model := packAll(t, r, path, opts)
 			qemu(t, "qemu-img", "check", "-q", path)
 			compare(t, dir, path, model)
 			result, err := Check(t.Context(), path, CheckOptions{})
 			if err != nil || !result.Clean() || result.Compressed == 0 {
 				t.Errorf("check: %+v, %v", result, err)
 			}
-			m = open(t, path, Options{ReadOnly: true})
+			m := open(t, path, Options{ReadOnly: true})
+			got := make([]byte, m.Size())
 			must(t, m.ReadvAt([][]byte{got}, 0))
 			if !bytes.Equal(got, model) {
 				t.Error("wrong contents once opened again")
 			}
+			closeImage(t, m)
+			if c.snap {
+				qemu(t, "qemu-img", "snapshot", "-a", "s", path)
+				compare(t, dir, path, first)
+			}
 		})
 	}
+}
+
+// packAll writes all clusters of the image at path compressed and returns what the
+// disk has.
+func packAll(t *testing.T, r *rand.Rand, path string, opts Options) []byte {
+	t.Helper()
+	m := open(t, path, opts)
+	model := make([]byte, m.Size())
+	for off := int64(0); off < m.Size(); off += m.clusterSize {
+		fillCluster(r, model[off:min(off+m.clusterSize, m.Size())])
+	}
+	writeClusters(t, m, model)
+	got := make([]byte, m.Size())
+	must(t, m.ReadvAt([][]byte{got}, 0))
+	if !bytes.Equal(got, model) {
+		t.Error("wrong contents while open")
+	}
+	closeImage(t, m)
+	return model
 }
 
 // TestCompressedOverBacking shows that a cluster of zeros hides the backing file,
@@ -243,6 +261,64 @@ func packStep(m *Image, r *rand.Rand, mine []byte, off int64) error {
 	}
 	fillCluster(r, mine)
 	return m.WriteCompressed(mine, off)
+}
+
+// TestPackTogether lets goroutines write the same few clusters at once, each write
+// with one value, while the disk changes its size beyond them. Each cluster then
+// has the value of one of the writes to it.
+func TestPackTogether(t *testing.T) {
+	const clusters, workers = 3, 6
+	run := crashImage(t, CreateOptions{Size: 64 << 10, ClusterSize: 4096, RefcountBits: 8}, nil)
+	run.f.rec = false
+	m := run.open(t, run.f, false)
+	var wg sync.WaitGroup
+	for g := range workers {
+		r := rand.New(rand.NewPCG(newSeed(t).Uint64(), 0))
+		wg.Go(func() {
+			for range 60 {
+				off := r.Int64N(clusters) * 4096
+				b := bytes.Repeat([]byte{byte(1 + g)}, 4096)
+				var err error
+				switch r.IntN(8) {
+				case 0:
+					err = m.WritevAt([][]byte{b}, off)
+				case 1:
+					err = m.Discard(off, 4096)
+				case 2:
+					err = m.Flush()
+				case 3:
+					if err = m.WriteCompressed(b, 60<<10); errors.Is(err, ErrRange) {
+						err = nil // the disk is short at the time
+					}
+				default:
+					err = m.WriteCompressed(b, off)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Go(func() {
+		for i := range 10 {
+			if err := m.Resize(t.Context(), [...]int64{32 << 10, 64 << 10}[i%2], ResizeOptions{Shrink: true}); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	wg.Wait()
+	got := make([]byte, clusters*4096)
+	must(t, m.ReadvAt([][]byte{got}, 0))
+	for c := range clusters {
+		b := got[c*4096:][:4096]
+		if b[0] > workers || !bytes.Equal(b, bytes.Repeat(b[:1], 4096)) {
+			t.Errorf("cluster %d is a mixture", c)
+		}
+	}
+	closeImage(t, m)
+	if v := checkImage(run.f.data); len(v.corruptions) > 0 || v.leaks > 0 {
+		t.Errorf("after Close: %+v", v)
+	}
 }
 
 // TestPackHeld shows that a host cluster into which more may be packed is not
