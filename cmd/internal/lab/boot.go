@@ -26,12 +26,14 @@ var (
 var (
 	outerModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4", "kvm_amd"}
 	guestModules = []string{"virtio_pci", "virtio_blk", "ext4", "button", "evdev"}
+	// extraModules are in the guest's /modules/extra, for scripts to load.
+	extraModules = []string{"xfs"}
 )
 
 // rootTools are the programs on the outer machine's root disk, besides busybox.
 var rootTools = []string{
 	"dash", "qemu-img", "qemu-io", "qemu-nbd", "qemu-system-x86_64",
-	"mke2fs", "e2fsck", "debugfs",
+	"mke2fs", "e2fsck", "debugfs", "mkfs.xfs", "fio",
 }
 
 // rootData are the data files that rootTools need, where they exist.
@@ -62,7 +64,7 @@ func prepareBoot() (bootFiles, error) {
 	// aligns large mappings for huge pages, which saves a guest most of its
 	// costly page faults.
 	newest := kernels[len(kernels)-1]
-	initrd, err := initrd("outer", newest, outerInit, outerModules)
+	initrd, err := initrd("outer", newest, outerInit, outerModules, nil)
 	if err != nil {
 		return bootFiles{}, err
 	}
@@ -78,11 +80,13 @@ func prepareBoot() (bootFiles, error) {
 }
 
 // guestInitrd returns the initramfs of guests with the kernel k.
-func guestInitrd(k Kernel) (string, error) { return initrd("guest", k, guestInit, guestModules) }
+func guestInitrd(k Kernel) (string, error) {
+	return initrd("guest", k, guestInit, guestModules, extraModules)
+}
 
 // initrd returns a cached initramfs for the kernel k with busybox, the named
-// modules in /modules, and init.
-func initrd(name string, k Kernel, init string, modules []string) (string, error) {
+// modules in /modules, the extra ones in /modules/extra, and init.
+func initrd(name string, k Kernel, init string, modules, extra []string) (string, error) {
 	t := make(tree)
 	if err := t.busybox(); err != nil {
 		return "", err
@@ -94,8 +98,11 @@ func initrd(name string, k Kernel, init string, modules []string) (string, error
 	if err != nil {
 		return "", err
 	}
-	return cached(name+"-"+k.Release, fmt.Sprint(digest, modules), func(file string) error {
+	return cached(name+"-"+k.Release, fmt.Sprint(digest, modules, extra), func(file string) error {
 		if err := k.addModules(t, "/modules", modules...); err != nil {
+			return err
+		}
+		if err := k.addModules(t, "/modules/extra", extra...); err != nil {
 			return err
 		}
 		return t.initramfs(file)

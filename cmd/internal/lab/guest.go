@@ -9,8 +9,9 @@ import (
 // GuestRoot writes a new raw image with an ext4 file system for guests to
 // file: busybox with a link for each of its commands in /bin, empty /dev,
 // /proc, /sys, /tmp, /run, /etc, /root and /mnt, and the given files, by their
-// paths. Those under /bin and /sbin can be executed.
-func GuestRoot(file string, sizeMiB int, files map[string]string) error {
+// paths. Those under /bin and /sbin can be executed. The named programs of this
+// machine replace busybox's of the same names.
+func GuestRoot(file string, sizeMiB int, files map[string]string, programs ...string) error {
 	t := make(tree)
 	if err := t.busybox(); err != nil {
 		return err
@@ -18,6 +19,15 @@ func GuestRoot(file string, sizeMiB int, files map[string]string) error {
 	t.dir("/sbin")
 	for name, text := range files {
 		t.text(name, text, 0o755)
+	}
+	for _, name := range programs {
+		host, err := tool(name)
+		if err != nil {
+			return err
+		}
+		if err := t.program("/bin/"+name, host); err != nil {
+			return err
+		}
 	}
 	return t.ext4(file, sizeMiB)
 }

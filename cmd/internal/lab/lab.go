@@ -25,7 +25,7 @@
 //
 // # How the outer machine is made
 //
-// A root disk with busybox, QEMU's tools, e2fsprogs and the kernels is made
+// A root disk with busybox, QEMU's tools, e2fsprogs, xfsprogs, fio and the kernels is made
 // once and cached; it is mounted at /. A scratch disk made for the run is
 // mounted at /lab and holds the command, the files it was given and its
 // temporary directory. The first process is the very executable that built the

@@ -88,20 +88,22 @@ func (t tree) program(name, host string) error {
 }
 
 // sharedLibraries returns the paths of the libraries of a program and of its
-// loader; none for a static one and for what is no program of this machine.
+// loader; none for a static one and for what is no program of this machine. The
+// loader itself is asked, for ldd is not everywhere.
 func sharedLibraries(program string) ([]string, error) {
-	if dynamic, err := isDynamic(program); err != nil || !dynamic {
+	loader, err := loaderOf(program)
+	if err != nil || loader == "" {
 		return nil, err
 	}
-	out, err := exec.Command("ldd", program).CombinedOutput()
+	out, err := exec.Command(loader, "--list", program).CombinedOutput()
 	if err != nil {
-		return nil, fmt.Errorf("ldd %s: %w: %s", program, err, bytes.TrimSpace(out))
+		return nil, fmt.Errorf("%s --list %s: %w: %s", loader, program, err, bytes.TrimSpace(out))
 	}
-	var libs []string
+	libs := []string{loader}
 	for line := range strings.Lines(string(out)) {
 		// "name => /path (address)", or "/loader (address)".
 		if strings.Contains(line, "not found") {
-			return nil, fmt.Errorf("ldd %s: %s", program, strings.TrimSpace(line))
+			return nil, fmt.Errorf("%s: %s", program, strings.TrimSpace(line))
 		}
 		for word := range strings.FieldsSeq(line) {
 			if strings.HasPrefix(word, "/") {
@@ -113,18 +115,23 @@ func sharedLibraries(program string) ([]string, error) {
 	return libs, nil
 }
 
-// isDynamic reports whether file is a program that needs a loader.
-func isDynamic(file string) (bool, error) {
+// loaderOf returns the path of the loader that the program in file needs, or "".
+func loaderOf(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {
-		return false, err
+		return "", err
 	}
 	defer f.Close()
 	program, err := elf.NewFile(f)
 	if err != nil {
-		return false, nil // a script, or plain data
+		return "", nil // a script, or plain data
 	}
-	return slices.ContainsFunc(program.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }), nil
+	i := slices.IndexFunc(program.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP })
+	if i < 0 {
+		return "", nil
+	}
+	name, err := io.ReadAll(program.Progs[i].Open())
+	return strings.TrimRight(string(name), "\x00"), err
 }
 
 // busybox adds busybox and a link for each of its commands.
@@ -133,7 +140,7 @@ func (t tree) busybox() error {
 	if err != nil {
 		return fmt.Errorf("%w: run .ci/setup", err)
 	}
-	if dynamic, err := isDynamic(host); err != nil || dynamic {
+	if loader, err := loaderOf(host); err != nil || loader != "" {
 		return cmp.Or(err, fmt.Errorf("%s needs shared libraries: install busybox-static", host))
 	}
 	if err := t.file("/bin/busybox", host); err != nil {
