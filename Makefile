@@ -48,6 +48,20 @@ fuzz-short: ## each fuzz target for FUZZTIME
 		done; \
 	done
 
+# How many states of cut-off power make crash tries.
+STATES ?= 100000
+
+.PHONY: crash
+crash: ## power cuts and faults, the long run; STATES=n
+	$(GO) test -run='^(TestCrash|TestFaults$$|TestModel$$)' -count=1 -timeout=2h -v ./qcow2 -args -states=$(STATES) | grep -v '^=== '
+
+# What make soak passes to the command; its -help lists more.
+SOAK ?= -for 1m
+
+.PHONY: soak
+soak: ## many writers on one image, every read verified; SOAK='-for 10m'
+	$(GO) run ./qcow2/internal/soak $(SOAK)
+
 .PHONY: bench
 bench:
 	$(GO) test -run='^$$' -bench=. -benchmem $(UNIT)

@@ -35,15 +35,19 @@ type inspector struct {
 	b     []byte
 	bits  uint32
 	order uint
+	words uint64 // of 8 bytes in an L2 entry
+	data  bool   // whether data is in a file of its own
 	refs  map[uint64]uint64
 	owned map[uint64]uint64 // COPIED entries by the cluster they point to
 }
 
 func inspect(b []byte) (verdict, map[uint64]uint64) {
 	be := binary.BigEndian
-	x := &inspector{b: b, bits: be.Uint32(b[20:]), order: 4, refs: map[uint64]uint64{}, owned: map[uint64]uint64{}}
+	x := &inspector{b: b, bits: be.Uint32(b[20:]), order: 4, words: 1, refs: map[uint64]uint64{}, owned: map[uint64]uint64{}}
 	if be.Uint32(b[4:]) == 3 {
 		x.order = uint(be.Uint32(b[96:]))
+		x.data = b[offIncompatible+7]>>incompatDataFile&1 != 0
+		x.words += uint64(b[offIncompatible+7] >> incompatExtendedL2 & 1)
 	}
 	cs := uint64(1) << x.bits
 	x.ref(0, cs, "header")
@@ -98,19 +102,30 @@ func (x *inspector) tree(off, n uint64, active bool) {
 		table := e & entryOffset
 		x.ref(table, cs, "L2 table")
 		x.own(e, table, active)
-		for j := range cs / 8 {
+		for j := uint64(0); j < cs/8; j += x.words {
 			e := x.at(table + 8*j)
+			if x.words == 2 {
+				x.bitmaps(e, x.at(table+8*j+8))
+			}
 			switch host := e & entryOffset; {
 			case e&entryCompressed != 0:
 				width := 62 - (x.bits - 8)
 				host := e & (1<<width - 1)
 				n := (e>>width&(1<<(x.bits-8)-1)+1)*512 - host&511
 				x.ref(host, min(n, uint64(len(x.b))-host), "compressed data")
-			case host != 0:
+			case host != 0 && !x.data:
 				x.ref(host, cs, "data")
 				x.own(e, host, active)
 			}
 		}
+	}
+}
+
+// bitmaps checks the bitmaps of an extended entry: no subcluster is data and zero,
+// and none is data where there is no cluster.
+func (x *inspector) bitmaps(e, b uint64) {
+	if e&entryCompressed == 0 && (b&(b>>32)&0xffffffff != 0 || e&entryOffset == 0 && b&0xffffffff != 0 && !x.data) {
+		x.corrupt("the entry %#x has the bitmaps %#x", e, b)
 	}
 }
 

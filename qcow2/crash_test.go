@@ -32,6 +32,9 @@ var workloads = []workload{
 	{name: "resized", opts: CreateOptions{Size: 96 << 10, ClusterSize: 512}, queues: 2, ops: 50, mix: resizeMix},
 	{name: "resized, long backing", opts: CreateOptions{Size: 64 << 10, ClusterSize: 1024, RefcountBits: 64}, under: 96 << 10, queues: 1, ops: 80, mix: mixedMix + " resize resize"},
 	{name: "resized, snapshot", opts: CreateOptions{Size: 64 << 10, ClusterSize: 512}, prepare: snapshotted(48 << 10), queues: 1, ops: 60, mix: "write write pack discard flush resize resize reopen"},
+	{name: "subclusters", opts: CreateOptions{Size: 512 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, queues: 2, ops: 60, mix: mixedMix + " discard"},
+	{name: "subclusters, packed", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, queues: 2, ops: 60, mix: wholeMix},
+	{name: "subclusters over backing", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, under: 130 << 10, queues: 1, ops: 80, mix: mixedMix + " reopen resize"},
 	{name: "host full", opts: CreateOptions{Size: 128 << 10, ClusterSize: 512}, under: 32 << 10, queues: 2, ops: 60, mix: mixedMix, fails: 8},
 }
 

@@ -27,6 +27,8 @@ var models = []workload{
 	{name: "512, counts of 64 bits, resized over backing", opts: CreateOptions{Size: 256 << 10, ClusterSize: 512, RefcountBits: 64}, under: 300 << 10, queues: 4, ops: 150, mix: resizeMix + " clone audit settle"},
 	{name: "16K, counts of 32 bits", opts: CreateOptions{Size: 1 << 20, ClusterSize: 16 << 10, RefcountBits: 32}, queues: 1, ops: 300, mix: modelMix + " discard resize"},
 	{name: "64K, counts of 8 bits, snapshot", opts: CreateOptions{Size: 2 << 20, RefcountBits: 8}, prepare: snapshotted(1 << 20), queues: 8, ops: 150, mix: modelMix},
+	{name: "64K, subclusters", opts: CreateOptions{Size: 2 << 20, ExtendedL2: true}, under: 1 << 20, queues: 8, ops: 150, mix: modelMix + " pack"},
+	{name: "64K, subclusters, discarded", opts: CreateOptions{Size: 2 << 20, ExtendedL2: true}, queues: 8, ops: 100, mix: modelMix + " discard"},
 	{name: "2M", opts: CreateOptions{Size: 6 << 20, ClusterSize: 2 << 20}, under: 3 << 20, queues: 8, ops: 24, mix: modelMix},
 }
 

@@ -40,8 +40,10 @@ type workload struct {
 
 // Mixes of steps.
 const (
-	mixedMix  = "write write write write write write write read zero punch discard flush flush"
-	stormMix  = "write write read zero punch punch discard discard discard flush"
+	mixedMix = "write write write write write write write read zero punch discard flush flush"
+	stormMix = "write write read zero punch punch discard discard discard flush"
+	// A discard leaves parts of compressed clusters that have subclusters.
+	wholeMix  = "pack pack write write write read zero punch flush"
 	resizeMix = "write write write write fill read zero punch flush flush resize"
 	packedMix = "pack pack pack pack write read discard flush"
 	growthMix = "write write write fill zero discard flush"
