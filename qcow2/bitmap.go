@@ -30,6 +30,11 @@ func (x *checker) checkBitmaps() error {
 	if err := x.refer(begin, bytes, 1, "directory of bitmaps"); err != nil {
 		return err
 	}
+	memory := int64(bytes) //nolint:gosec // G115: at most 64 MiB
+	if err := x.used.spend(memory); err != nil {
+		return err
+	}
+	defer func() { x.used.left += memory }()
 	dir := make([]byte, bytes)
 	if err := readFull(x.file, dir, int64(begin)); err != nil { //nolint:gosec // G115: checked
 		return err

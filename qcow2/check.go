@@ -107,6 +107,7 @@ type checker struct {
 	refTable []uint64            // as in the file; refs.table is without the entries that lead to no block
 	chunks   []uint64            // chunks of clusters in use, ascending; see index
 	blocks   []uint64            // refcount blocks that exist, by index, ascending; see index
+	outside  []extent            // what broken pointers lead to, beyond the end of the file
 	next     int64               // where the cluster would be that follows the last of a table
 
 	// What a repair can do about the findings:
@@ -116,6 +117,10 @@ type checker struct {
 	strays   int64 // among them clusters of tables that have other data, too
 	rebuild  bool  // whether the counts need a new structure
 	snaps    *snapshotPlan
+	// distrust means that a pointer is broken, or was when the repair began: it
+	// may lead into a file that has grown since. What looks unused may be what
+	// it should lead to.
+	distrust bool
 }
 
 // tableUse is what is known of an L2 table.
@@ -265,8 +270,7 @@ func (x *checker) foundError(off uint64, err error) {
 	x.found(Corruption, off, "%s", what)
 }
 
-// broken is the number of corruptions that no repair mends. If there are any,
-// what looks unused may be what a broken pointer led to.
+// broken is the number of corruptions that no repair mends.
 func (x *checker) broken() int64 { return x.result.Corruptions - x.mendable }
 
 // refer counts times references to each cluster of the n bytes at off. The end
@@ -278,7 +282,9 @@ func (x *checker) refer(off, n uint64, times uint32, what string) error {
 	end := uint64(x.fileSize + x.clusterSize) //nolint:gosec // G115: positive
 	if off >= end || n > end-1-off {
 		x.found(Corruption, off, "the %s at %#x lies beyond the end of the file", what, off)
-		return nil
+		first := off >> x.clusterBits
+		x.outside = append(x.outside, extent{start: first, n: (off+n-1)>>x.clusterBits - first + 1})
+		return x.used.spend(extentCost)
 	}
 	for c := off >> x.clusterBits; c <= (off+n-1)>>x.clusterBits; c++ {
 		if err := x.used.add(c, times); err != nil {
@@ -304,7 +310,7 @@ func (x *checker) checkOwners() error {
 		x.foundError(0, err)
 		return nil
 	}
-	if err != nil || x.result.Corruptions > 0 {
+	if err != nil || x.result.Corruptions > x.flags {
 		return err
 	}
 	for _, leaf := range x.meta.leaves {

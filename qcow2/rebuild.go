@@ -1,8 +1,10 @@
 package qcow2
 
 import (
+	"cmp"
 	"errors"
 	"slices"
+	"sort"
 )
 
 // layout is where a new structure of reference counts will be.
@@ -64,7 +66,7 @@ func (x *checker) layOut() (*layout, error) {
 			return nil, err
 		}
 	}
-	if x.broken() > 0 {
+	if x.distrust {
 		end := x.cluster(x.fileSize + x.clusterSize - 1)
 		for c := uint64(0); c < end; c += 1 << x.refBlockBits {
 			if err := x.want(l, c); err != nil {
@@ -127,10 +129,10 @@ func (x *checker) want(l *layout, c uint64) error {
 	return x.used.spend(2 * tableCost)
 }
 
-// firstFree is where the search for clusters that nobody uses begins. If a
-// pointer is broken, what looks unused may be what it led to.
+// firstFree is where the search for clusters that nobody uses begins: beyond the
+// file, if what looks unused may be wanted.
 func (x *checker) firstFree() uint64 {
-	if x.broken() > 0 {
+	if x.distrust {
 		return x.cluster(x.fileSize + x.clusterSize - 1)
 	}
 	return 1
@@ -140,9 +142,14 @@ func (x *checker) firstFree() uint64 {
 // a reference to each. It returns the first.
 func (x *checker) take(n, c uint64) (uint64, error) {
 	start := c
-	for ; c < start+n; c++ {
-		if x.used.at(c) != 0 {
-			start = c + 1
+	for c < start+n {
+		if past := x.pastOutside(c); past != c {
+			start, c = past, past
+			continue
+		}
+		c++
+		if x.used.at(c-1) != 0 {
+			start = c
 		}
 	}
 	for c := start; c < start+n; c++ {
@@ -151,6 +158,30 @@ func (x *checker) take(n, c uint64) (uint64, error) {
 		}
 	}
 	return start, nil
+}
+
+// sortOutside prepares endOutside.
+func (x *checker) sortOutside() {
+	slices.SortFunc(x.outside, func(a, b extent) int { return cmp.Compare(a.start, b.start) })
+	merged := x.outside[:0]
+	for _, e := range x.outside {
+		if k := len(merged) - 1; k >= 0 && e.start <= merged[k].start+merged[k].n {
+			merged[k].n = max(merged[k].n, e.start+e.n-merged[k].start)
+			continue
+		}
+		merged = append(merged, e)
+	}
+	x.outside = merged
+}
+
+// pastOutside returns the first cluster from c on, beyond the end of the file, to
+// which no broken pointer leads: what the guest sees there, zeros, has to stay.
+func (x *checker) pastOutside(c uint64) uint64 {
+	i := sort.Search(len(x.outside), func(i int) bool { return x.outside[i].start+x.outside[i].n > c })
+	if i == len(x.outside) || x.outside[i].start > c {
+		return c
+	}
+	return x.outside[i].start + x.outside[i].n
 }
 
 // takeCounted is take for clusters that a repair is going to use. If there is no
@@ -185,11 +216,11 @@ func (x *checker) writeBlock(b, cluster uint64) error {
 }
 
 // target is the count that cluster c should have: the number of references to
-// it. If a pointer is broken, no count of a cluster in the file is lowered, and
-// a count that is lost is taken for one.
+// it. If what looks unused may be wanted, no count of a cluster in the file is
+// lowered, and a count that is lost is taken for one.
 func (x *checker) target(c uint64) (uint64, error) {
 	used := uint64(x.used.at(c))
-	if x.broken() > 0 && x.offset(c) < x.fileSize {
+	if x.distrust && x.offset(c) < x.fileSize {
 		have, known, err := x.stored(c)
 		if err != nil {
 			return 0, err

@@ -33,8 +33,8 @@ const repairPasses = 8
 // writing again.
 //
 // The data that the guest sees never changes. What cannot be mended is left and
-// reported; as long as a pointer is broken, no count is lowered, because what
-// looks unused may be what the pointer led to. Snapshots that the snapshot table
+// reported; if a pointer is broken, no count is lowered, because what looks unused
+// may be what the pointer led to. Snapshots that the snapshot table
 // has no room for, and extra data of theirs longer than the format allows, are
 // dropped. Whatever cuts a repair short, the image is no worse than before.
 //
@@ -55,6 +55,7 @@ func Repair(ctx context.Context, path string, mode RepairMode, opts CheckOptions
 
 // repairIn repairs the image in f, which is locked for writing.
 func repairIn(ctx context.Context, f file, path string, mode RepairMode, opts CheckOptions) (before, after *CheckResult, err error) {
+	distrust := false
 	for range repairPasses {
 		x, err := newChecker(ctx, f, path, opts)
 		if err == nil {
@@ -63,6 +64,8 @@ func repairIn(ctx context.Context, f file, path string, mode RepairMode, opts Ch
 		if err != nil {
 			return before, nil, err
 		}
+		distrust = distrust || x.broken() > 0
+		x.distrust = distrust
 		if before == nil {
 			before = &x.result
 		}
@@ -113,7 +116,8 @@ func (x *checker) mend(mode RepairMode) (again bool, err error) {
 		if changed || err != nil {
 			return changed, err
 		}
-		x.mendable -= x.zeroes
+		x.mendable -= x.zeroes // the tables are not theirs alone
+		x.distrust = true
 	}
 	return x.mendTables()
 }
@@ -121,6 +125,7 @@ func (x *checker) mend(mode RepairMode) (again bool, err error) {
 // mendTables mends the counts, and then what gets another place, which has to be
 // counted first: the snapshot table, and data in clusters of tables.
 func (x *checker) mendTables() (again bool, err error) {
+	x.sortOutside()
 	if err := x.placeSnapshotTable(); err != nil {
 		return false, err
 	}

@@ -45,6 +45,7 @@ type broken struct {
 	class int    // of the check before the repair
 	says  string // is in a finding
 	all   int    // class after RepairAll
+	left  string // is in a finding after it
 
 	qemu   int    // QEMU's class before, where why says why it differs
 	why    string // why QEMU 7.2 sees the broken image differently
@@ -116,6 +117,11 @@ func qemuClass(t *testing.T, path string) int {
 	return 0
 }
 
+// mentions reports whether a finding has the words what.
+func mentions(r *CheckResult, what string) bool {
+	return what == "" || slices.ContainsFunc(r.Findings, func(f Finding) bool { return strings.Contains(f.What, what) })
+}
+
 // test breaks the image, checks it, repairs it, and compares.
 func (s *specimen) test(t *testing.T, c broken) {
 	t.Helper()
@@ -126,11 +132,7 @@ func (s *specimen) test(t *testing.T, c broken) {
 	}
 	writeFile(t, path, b)
 	found := check(t, path)
-	says := c.says == ""
-	for _, f := range found.Findings {
-		says = says || strings.Contains(f.What, c.says)
-	}
-	if exitOf(found) != c.class || !says {
+	if exitOf(found) != c.class || !mentions(found, c.says) {
 		t.Errorf("the check finds %v, want class %d and %q", found.Findings, c.class, c.says)
 	}
 	if c.why == "" {
@@ -144,7 +146,7 @@ func (s *specimen) test(t *testing.T, c broken) {
 	}
 	_, after, err := Repair(t.Context(), path, RepairAll, CheckOptions{})
 	must(t, err)
-	if again := check(t, path); exitOf(after) != c.all || exitOf(again) != c.all {
+	if again := check(t, path); exitOf(after) != c.all || exitOf(again) != c.all || !mentions(after, c.left) {
 		t.Errorf("the repair leaves %v and then %v, want class %d", after.Findings, again.Findings, c.all)
 	}
 	if c.hereof == "" {
@@ -409,6 +411,12 @@ func TestCorruptionNarrow(t *testing.T) {
 		{
 			name: "shared beyond its count", pokes: []poke{{l2, 8, 0x8000000000060000}},
 			class: exitCorrupt, says: "used 2 times", all: exitCorrupt, lost: []int64{0},
+			left: "says wrongly", // its flags, for the counts, but truly
+		},
+		{
+			name: "shared beyond its count, which is lost", pokes: []poke{{l2, 8, 0x8000000000060000}, {rt, 8, 0x400}},
+			class: exitCorrupt, says: "points to no block", all: exitCorrupt, lost: []int64{0}, expands: true,
+			left: "counted 1 times but used 2 times", qemu: exitError, why: noCount,
 		},
 	})
 }
