@@ -54,7 +54,7 @@ var rules = map[string]rule{
 	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is."},
 	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
 	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 4, max: 1024, powerOfTwo: true},
-	"disk.cache":        {doc: "When writes are durable: writeback, when the guest has flushed them; writethrough, when they complete; none, as writeback, but past the host's page cache (O_DIRECT), for raw images; unsafe, never, so that a crash of the host may take the image with it.", values: []string{CacheWriteback, CacheWritethrough, CacheNone, CacheUnsafe}},
+	"disk.cache":        {doc: "When writes are durable: writeback, when the guest has flushed them; writethrough, when they complete; none, as writeback, but past the host's page cache (O_DIRECT); unsafe, never, so that a crash of the host may take the image with it.", values: []string{CacheWriteback, CacheWritethrough, CacheNone, CacheUnsafe}},
 	"disk.engine":       {doc: "How requests reach the host.", values: []string{"auto", "sync"}, later: []string{"io_uring"}},
 	"disk.discard":      {doc: "Whether the guest can give space back to the host. Without it, what the guest zeroes stays allocated too."},
 	"disk.on_error":     {doc: "What to do when the host cannot carry out a request: report, answer it with an I/O error; stop, let the guest wait for this disk until calf gets SIGCONT, and then try again.", values: []string{OnErrorReport, OnErrorStop}},

@@ -96,10 +96,7 @@ func (c *Config) checkDisks() Errors {
 		case format == FormatRaw && d.L2Cache > 0:
 			fail("l2_cache", "means nothing for format %q, which has no tables: remove it", FormatRaw)
 		}
-		switch {
-		case d.Cache == CacheNone && format == FormatQCOW2:
-			fail("cache", "%q is not supported by this version of calf for format %q: use %q", CacheNone, FormatQCOW2, CacheWriteback)
-		case d.Cache == CacheNone && d.Snapshot && !d.ReadOnly:
+		if d.Cache == CacheNone && d.Snapshot && !d.ReadOnly {
 			fail("cache", "%q cannot be had with a snapshot, whose throw-away overlay lies in the page cache: use %q", CacheNone, CacheWriteback)
 		}
 		if d.ByteBurst > 0 && d.ByteRate == 0 {

@@ -45,6 +45,10 @@ func (m *Image) openData(h *header, name string, opts Options, c *chain) error {
 	if err != nil {
 		return errors.Join(err, f.Close())
 	}
-	m.data, m.dataPath = newOSFile(f), target
+	hf, err := newFile(f, target, opts)
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	m.data, m.dataPath = hf, target
 	return nil
 }

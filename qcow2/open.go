@@ -44,6 +44,10 @@ type Options struct {
 	// writable one its refcount table, at most 8 MiB, 1 MiB of refcount blocks,
 	// and where its metadata is, some 16 bytes for each table.
 	L2CacheBytes int64
+	// Direct moves data between memory and the image, its data file and the
+	// backing files of its format past the host's page cache (O_DIRECT). A host
+	// file that does not allow that is refused.
+	Direct bool
 	// CompressionLevel is how hard WriteCompressed tries: from 1, the
 	// fastest, to 9, the smallest; 0 means the default, 6.
 	CompressionLevel int
@@ -87,7 +91,11 @@ func openLocked(f *os.File, path string, opts Options, c *chain) (*Image, error)
 	if err := lockImage(f, path, !opts.ReadOnly); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	return openFile(newOSFile(f), path, opts, c)
+	hf, err := newFile(f, path, opts)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return openFile(hf, path, opts, c)
 }
 
 // openFile opens the image in f, which is locked. It takes over f.

@@ -35,10 +35,10 @@ func TestDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := []string{root + ",format=raw,cache=unsafe"}
-	// vdb to vde are worked on; vdc is raw, past the host's page cache.
+	// vdb to vde are worked on, vdb and vdc past the host's page cache.
 	work := []string{im.create("fio.qcow2", "256M"), im.path("direct.raw"), im.create("xfs.qcow2", "512M"), im.create("loose.qcow2", "64M")}
 	sparse(t, work[1], 256<<20)
-	all = append(all, work[0], work[1]+",format=raw,cache=none", work[2], work[3]+",cache=writethrough")
+	all = append(all, work[0]+",cache=none", work[1]+",format=raw,cache=none", work[2], work[3]+",cache=writethrough")
 	for i := len(all); i < disks; i++ {
 		small := im.path(fmt.Sprintf("small%d.raw", i))
 		sparse(t, small, int64(i)<<20)

@@ -78,5 +78,6 @@ func options(d config.Disk, readOnly bool) qcow2.Options {
 	return qcow2.Options{
 		ReadOnly: readOnly, BackingDirs: d.BackingDirs, DataFile: d.DataFile == config.DataFileAllow,
 		L2CacheBytes: int64(d.L2Cache), //nolint:gosec // G115: the rules bound it
+		Direct:       d.Cache == config.CacheNone,
 	}
 }

@@ -189,5 +189,8 @@ func TestCacheNoneIsDirect(t *testing.T) {
 				t.Error(err)
 			}
 		}
+		if got := options(config.Disk{Cache: cache}, false).Direct; got != refused {
+			t.Errorf("cache %s: a QCOW2 image is opened with Direct %v", cache, got)
+		}
 	}
 }
