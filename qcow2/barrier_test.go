@@ -57,6 +57,8 @@ var controls = map[string]control{
 	"checker.writeStrays 2":        {why: "the counts of the tables that the data leaves change next, and have a barrier"},
 	"checker.writeSnapshotTable 1": {work: repairOf("snapshot")},
 	"checker.writeSnapshotTable 2": {work: repairOf("snapshot")},
+	// The marks of the bitmaps before the disk changes.
+	"Image.markBitmaps 1": {work: bitmapsWithout},
 	// All new tables before the header points to them, and that before a change of
 	// snapshots returns and what it freed is used again.
 	"rewrite.prepare 1":     {work: snapshotsWithout},

@@ -24,7 +24,9 @@
 // external data file with ErrBackingRefused unless Options allow it. An image that is marked corrupt is
 // opened for reading only, until Repair has made it sound. WriteCompressed makes
 // compressed clusters; any other write to one makes it a normal cluster. Internal
-// snapshots are kept, as what they share is copied before it is written.
+// snapshots are kept, as what they share is copied before it is written. Persistent
+// bitmaps are kept too, but do not follow the disk: the first request that changes
+// it marks those that did as in use, before that, so that no backup trusts them.
 //
 // # Trust
 //
@@ -45,9 +47,10 @@
 //     and barriers. Flushes wait for it, and writers when too much is dirty.
 //  3. refcounts.mu: held by the commit while it applies counts, and by the
 //     search for free clusters, across their reads and writes.
-//  4. Image.syncMu: held across each fdatasync, so that every caller after a
+//  4. Image.bitmapsMu: held across the marking of the persistent bitmaps.
+//  5. Image.syncMu: held across each fdatasync, so that every caller after a
 //     failed one learns of it.
-//  5. Image.mu, the metadata lock: never held across I/O, on either side. The
+//  6. Image.mu, the metadata lock: never held across I/O, on either side. The
 //     shared side is for lookups; the exclusive one for changes to memory, and
 //     short.
 //

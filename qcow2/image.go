@@ -39,6 +39,12 @@ type Image struct {
 	// be corrupt, or a flush failed. It stays. Any goroutine may set it.
 	broken atomic.Pointer[error]
 
+	// followed is set while there are persistent bitmaps in the file that are
+	// said to have followed the disk: open sets it, and the first request that
+	// changes the disk clears it, by markBitmaps.
+	followed atomic.Bool
+	bitmaps  bitmapDirectory // of a writable image
+
 	// unpunchable is set once, by any goroutine, when the host cannot punch
 	// holes into the file.
 	unpunchable atomic.Bool
@@ -50,6 +56,10 @@ type Image struct {
 	// turns lets only one goroutine close the image or run something
 	// exclusively. It is taken before all other locks but resizing.
 	turns sync.Mutex
+
+	// bitmapsMu lets only one goroutine mark the persistent bitmaps. It is held
+	// across that, and with it none but syncMu and mu is taken.
+	bitmapsMu sync.Mutex
 
 	// syncMu makes calls of fdatasync take turns. It is held across them, and
 	// with it none but mu is taken.

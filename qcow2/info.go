@@ -33,6 +33,7 @@ type Info struct {
 	// know, by the names that the image gives them.
 	UnknownFeatures []string
 	Snapshots       []Snapshot
+	Bitmaps         []Bitmap // those that are not void
 }
 
 // Inspect returns what the image at path says of itself, also if it has features
@@ -74,7 +75,10 @@ func (m *Image) inspect() (*Info, error) {
 	if info.BackingFile, err = backingName(h, first); err != nil {
 		return nil, err
 	}
-	info.Snapshots, err = m.listSnapshots()
+	if info.Snapshots, err = m.listSnapshots(); err != nil {
+		return nil, err
+	}
+	info.Bitmaps, err = m.listBitmaps()
 	return info, err
 }
 

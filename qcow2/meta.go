@@ -17,12 +17,14 @@ const (
 	metaRefBlock
 	metaSharedL2 // of a snapshot, and no longer of the active disk
 	metaSnapshots
+	metaBitmaps
 )
 
 func (k metaKind) String() string {
 	return [...]string{
 		"data", "header", "L1 table", "an active L2 table", "reference count table",
 		"reference count structure", "an L2 table of a snapshot", "snapshot table or a snapshot's L1 table",
+		"directory, table or data of a persistent bitmap",
 	}[k]
 }
 
@@ -32,9 +34,9 @@ func (k metaKind) String() string {
 //
 // It takes 8 to 16 bytes for each run of up to 64 clusters of one kind. There are
 // at most as many runs as entries of the L1 table (4 Mi), of the refcount table
-// (1 Mi) and of the snapshots' L1 tables (4 Mi of them are looked at), and few for
-// the tables of the header and the snapshots: that bounds it to some 150 MiB for
-// any image. The 2048 L2 tables of 1 TiB in clusters of 64 KiB
+// (1 Mi), of the snapshots' L1 tables (4 Mi of them are looked at) and of the
+// bitmaps' tables (4 Mi), and few for the tables of the header and the snapshots:
+// that bounds it to some 200 MiB for any image. The 2048 L2 tables of 1 TiB in clusters of 64 KiB
 // take 32 KiB at most.
 type metaSet struct {
 	leaves []metaLeaf // ascending, none empty

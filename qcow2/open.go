@@ -171,6 +171,9 @@ func (m *Image) load(opts Options, c *chain) error {
 			return err
 		}
 	}
+	if err := m.loadBitmaps(h, ext.bitmaps, fileSize); err != nil {
+		return err
+	}
 	return m.clearAutoclear(h)
 }
 
@@ -279,13 +282,16 @@ func (m *Image) loadTable(off uint64, n int64) ([]uint64, error) {
 	return decodeTable(b), nil
 }
 
-// clearAutoclear clears the autoclear bits of an image opened for writing: all
-// stand for data that this engine does not keep up to date. Persistent bitmaps
-// thereby become invalid, which is what their users need to know.
+// clearAutoclear clears the autoclear bits of an image opened for writing that
+// stand for data which this engine does not keep up to date: all but those of
+// persistent bitmaps and of raw external data, where there are such.
 func (m *Image) clearAutoclear(h *header) error {
-	kept := uint64(0)
+	var kept uint64
+	if m.bitmaps.n > 0 {
+		kept |= 1 << autoclearBitmaps
+	}
 	if m.raw {
-		kept = 1 << autoclearRawData
+		kept |= 1 << autoclearRawData
 	}
 	if m.readOnly || h.autoclear&^kept == 0 {
 		return nil

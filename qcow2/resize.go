@@ -79,11 +79,7 @@ func (m *Image) checkHeader(size int64) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	first := make([]byte, m.clusterSize)
-	if err := readFull(m.file, first, 0); err != nil {
-		return 0, err
-	}
-	ext, err := parseExtensions(h, first)
+	ext, err := m.loadExtensions(h)
 	if err != nil {
 		return 0, err
 	}

@@ -34,8 +34,9 @@ type rewrite struct {
 
 // tables is what a rewrite makes of an image.
 type tables struct {
-	size uint64   // of the disk, in bytes
-	l1   []uint64 // the disk's L1 table, with any COPIED flags
+	size  uint64   // of the disk, in bytes
+	l1    []uint64 // the disk's L1 table, with any COPIED flags
+	other bool     // the disk's contents change
 	// saved says that the present disk is to be the snapshot whose row begins
 	// at last in snapshots.
 	saved bool
@@ -52,6 +53,9 @@ type tables struct {
 // not be written.
 func (w *rewrite) run() error {
 	err := w.prepare()
+	if err == nil && w.to.other {
+		err = w.m.markBitmaps()
+	}
 	if err == nil {
 		err = w.switchOver()
 	}

@@ -104,7 +104,8 @@ func newSnapshotRow(id, name string, now time.Time, size uint64) snapshotRow {
 // ApplySnapshot makes the disk what it was when the internal snapshot with the
 // given ID or name was made, of the size that it had; the snapshot stays. What the
 // disk is now is lost, unless another snapshot has it. The state of a machine that
-// was saved with the snapshot is not restored.
+// was saved with the snapshot is not restored. Persistent bitmaps cannot be trusted
+// any more.
 //
 // It is all or nothing like CreateSnapshot, and keeps requests waiting like it. A
 // snapshot of another size is refused with ErrUnsupported where Resize would be.
@@ -132,7 +133,7 @@ func (m *Image) ApplySnapshot(ctx context.Context, which string) error {
 		to.size = uint64(size) //nolint:gosec // G115: not negative
 		to.l1 = make([]uint64, h.l1Entries(to.size))
 		copy(to.l1, saved)
-		to.more, to.less = to.l1, m.l1
+		to.more, to.less, to.other = to.l1, m.l1, true
 		return nil
 	})
 }

@@ -53,7 +53,13 @@ func (m *Image) checkWrite(off, n int64) error {
 	if m.readOnly {
 		return &Error{Path: m.path, Kind: ErrReadOnly, What: "the image is open for reading only"}
 	}
-	return m.checkRange(off, n)
+	if err := m.checkRange(off, n); err != nil {
+		return err
+	}
+	if n > 0 && m.followed.Load() {
+		return m.disownBitmaps()
+	}
+	return nil
 }
 
 // writeSome writes the beginning of [off, off+n) and returns its length, which

@@ -1,0 +1,260 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+)
+
+// Flags of a bitmap in the directory.
+const (
+	bitmapInUse = 1 << 0 // not saved since the disk changed
+	bitmapAuto  = 1 << 1 // it follows the disk
+)
+
+// maxBitmapEntries is how many entries the tables of an image's bitmaps may have
+// together, as long as it is open for writing.
+const maxBitmapEntries = 4 << 20
+
+// Bitmap describes a persistent bitmap: which parts of the disk have changed since
+// some time, as backup programs want to know it.
+type Bitmap struct {
+	Name string
+	// Granularity is the number of bytes of the disk that each bit stands for.
+	Granularity int64
+	// Enabled says that the bitmap is to follow every change of the disk.
+	Enabled bool
+	// InUse says that the bitmap cannot be trusted: the disk has changed, or
+	// may have, without it. Who uses bitmaps has to begin a new one.
+	InUse bool
+}
+
+// bitmapDirectory says where the directory of the bitmaps is.
+type bitmapDirectory struct {
+	n             uint32 // bitmaps; 0 if there are none, or all are void
+	offset, bytes uint64
+}
+
+// bitmapRow is an entry of the directory, as it is in the file.
+type bitmapRow []byte
+
+func (b bitmapRow) table() (off uint64, entries uint32) {
+	return binary.BigEndian.Uint64(b), binary.BigEndian.Uint32(b[8:])
+}
+
+func (b bitmapRow) flags() uint32 { return binary.BigEndian.Uint32(b[12:]) }
+
+// follows reports whether the bitmap is said to have followed the disk up to now.
+func (b bitmapRow) follows() bool { return b.flags()&(bitmapAuto|bitmapInUse) == bitmapAuto }
+
+func (b bitmapRow) decode() Bitmap {
+	at := bitmapFixed + binary.BigEndian.Uint32(b[20:])
+	return Bitmap{
+		Name:        string(b[at : at+uint32(binary.BigEndian.Uint16(b[18:]))]),
+		Granularity: 1 << min(b[17], 62),
+		Enabled:     b.flags()&bitmapAuto != 0,
+		InUse:       b.flags()&bitmapInUse != 0,
+	}
+}
+
+// bitmapDirectory finds the directory of the bitmaps by the extension for it. The
+// bitmaps of an image without the feature bit are void: a program that does not
+// know them has written to the disk. Without the extension there are none.
+func (h *header) bitmapDirectory(ext []byte, fileSize int64) (bitmapDirectory, error) {
+	if ext == nil || h.autoclear>>autoclearBitmaps&1 == 0 {
+		return bitmapDirectory{}, nil
+	}
+	if len(ext) != 24 {
+		return bitmapDirectory{}, corruptf("the header extension for bitmaps has %d bytes instead of 24", len(ext))
+	}
+	be := binary.BigEndian
+	d := bitmapDirectory{n: be.Uint32(ext), bytes: be.Uint64(ext[8:]), offset: be.Uint64(ext[16:])}
+	if d.n == 0 || d.n > maxBitmaps || d.bytes == 0 || d.bytes > maxBitmapDirectory {
+		return bitmapDirectory{}, corruptf("a directory of %d bitmaps in %d bytes is impossible", d.n, d.bytes)
+	}
+	return d, h.checkTable("directory of bitmaps", d.offset, d.bytes, fileSize)
+}
+
+// load reads the entries of the directory, in order and without gaps.
+func (d bitmapDirectory) load(f file) ([]bitmapRow, error) {
+	dir := make([]byte, d.bytes)
+	if err := readFull(f, dir, int64(d.offset)); err != nil { //nolint:gosec // G115: checked by checkTable
+		return nil, err
+	}
+	var rows []bitmapRow
+	for i := range d.n {
+		size := uint64(bitmapFixed)
+		if uint64(len(dir)) >= size {
+			be := binary.BigEndian
+			size = (size + uint64(be.Uint16(dir[18:])) + uint64(be.Uint32(dir[20:])) + 7) &^ 7
+		}
+		if size > uint64(len(dir)) {
+			return nil, corruptf("the directory of bitmaps ends inside bitmap %d of %d", i, d.n)
+		}
+		rows = append(rows, dir[:size:size])
+		dir = dir[size:]
+	}
+	if len(dir) > 0 {
+		return nil, corruptf("the directory of bitmaps has %d bytes behind the last of %d bitmaps", len(dir), d.n)
+	}
+	return rows, nil
+}
+
+// Bitmaps returns the persistent bitmaps of the image, read from the file. None
+// are those that a program which does not know them has made void.
+func (m *Image) Bitmaps() ([]Bitmap, error) {
+	p, err := m.hold(0)
+	if err != nil {
+		return nil, err
+	}
+	defer p.leave()
+	all, err := m.listBitmaps()
+	return all, inFile(m.path, err)
+}
+
+func (m *Image) listBitmaps() ([]Bitmap, error) {
+	fileSize, err := m.file.Size()
+	if err != nil {
+		return nil, err
+	}
+	h, err := m.loadHeader(fileSize)
+	if err != nil {
+		return nil, err
+	}
+	ext, err := m.loadExtensions(h)
+	if err != nil {
+		return nil, err
+	}
+	d, err := h.bitmapDirectory(ext.bitmaps, fileSize)
+	if err != nil {
+		return nil, err
+	}
+	rows, err := d.load(m.file)
+	if err != nil {
+		return nil, err
+	}
+	var all []Bitmap
+	for _, row := range rows {
+		all = append(all, row.decode())
+	}
+	return all, nil
+}
+
+// loadExtensions reads the header extensions.
+func (m *Image) loadExtensions(h *header) (extensions, error) {
+	first := make([]byte, 1<<h.clusterBits)
+	if err := readFull(m.file, first, 0); err != nil {
+		return extensions{}, err
+	}
+	return parseExtensions(h, first)
+}
+
+// loadBitmaps finds the bitmaps of an image being opened for writing, and claims
+// all they have in the file.
+func (m *Image) loadBitmaps(h *header, ext []byte, fileSize int64) error {
+	if m.readOnly {
+		return nil
+	}
+	d, err := h.bitmapDirectory(ext, fileSize)
+	if err != nil || d.n == 0 {
+		return err
+	}
+	rows, err := d.load(m.file)
+	if err != nil {
+		return err
+	}
+	if err := m.meta.claim(&m.geometry, m.clustersOf(d.offset, d.bytes), metaBitmaps); err != nil {
+		return err
+	}
+	m.bitmaps = d
+	left := uint64(maxBitmapEntries)
+	for i, row := range rows {
+		if row.follows() {
+			m.followed.Store(true)
+		}
+		off, entries := row.table()
+		if uint64(entries) > left {
+			return &Error{
+				Kind: ErrUnsupported, What: fmt.Sprintf("the persistent bitmaps have more than %d parts", maxBitmapEntries),
+				Mend: "remove those that nobody needs with: qemu-img bitmap --remove " + shellWord(m.path) + " NAME",
+			}
+		}
+		left -= uint64(entries)
+		if entries == 0 {
+			continue
+		}
+		if err := h.checkTable(fmt.Sprintf("table of bitmap %d", i), off, uint64(entries)*8, fileSize); err != nil {
+			return err
+		}
+		if err := m.claimBitmap(off, uint64(entries)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// claimBitmap claims the table at off of a bitmap and its data.
+func (m *Image) claimBitmap(off, entries uint64) error {
+	if err := m.meta.claim(&m.geometry, m.clustersOf(off, entries*8), metaBitmaps); err != nil {
+		return err
+	}
+	const most = 1 << 16 // entries read at a time
+	for ; entries > 0; off, entries = off+most*8, entries-min(most, entries) {
+		table, err := m.loadTable(off, int64(min(most, entries))*8) //nolint:gosec // G115: at most 512 KiB
+		if err != nil {
+			return err
+		}
+		for _, e := range table {
+			data := e & entryOffset
+			if e&bitmapReserved != 0 || data != 0 && e&1 != 0 || m.inCluster(int64(data)) != 0 {
+				return corruptf("the entry %#x of the table of a bitmap points to no data", e)
+			}
+			if data == 0 {
+				continue
+			}
+			if err := m.meta.claim(&m.geometry, extent{start: data >> m.clusterBits, n: 1}, metaBitmaps); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// disownBitmaps marks the bitmaps that have followed the disk up to now as not to
+// be trusted, on stable storage, before a request changes the disk. The caller has
+// no pin.
+func (m *Image) disownBitmaps() error {
+	p, err := m.hold(0)
+	if err != nil {
+		return err
+	}
+	defer p.leave()
+	return inFile(m.path, m.markBitmaps())
+}
+
+// markBitmaps is disownBitmaps for a caller that has a pin or runs exclusively.
+func (m *Image) markBitmaps() error {
+	m.bitmapsMu.Lock()
+	defer m.bitmapsMu.Unlock()
+	if !m.followed.Load() {
+		return nil // by another request, meanwhile
+	}
+	rows, err := m.bitmaps.load(m.file)
+	if err != nil {
+		return err
+	}
+	off := int64(m.bitmaps.offset) //nolint:gosec // G115: checked by checkTable
+	for _, row := range rows {
+		if row.follows() {
+			b := binary.BigEndian.AppendUint32(nil, row.flags()|bitmapInUse)
+			if err := writeFull(m.file, b, off+12); err != nil {
+				return err
+			}
+		}
+		off += int64(len(row))
+	}
+	if err := m.datasync(); err != nil {
+		return err
+	}
+	m.followed.Store(false)
+	return nil
+}
