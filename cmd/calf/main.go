@@ -88,6 +88,6 @@ described by a TOML file, by flags, or by both.`,
 	root.SetIn(p.streams.In)
 	root.SetOut(p.streams.Out)
 	root.SetErr(p.streams.Messages)
-	root.AddCommand(newRun(p), newConfig(), newVersion())
+	root.AddCommand(newRun(p), newImage(), newConfig(), newVersion())
 	return root
 }

@@ -1,0 +1,81 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/qcow2"
+)
+
+// Resize makes the disk in the image at path as long as to says: a size, or with a
+// sign a difference.
+func Resize(ctx context.Context, path, format, to string, opts qcow2.ResizeOptions) (err error) {
+	if format == Raw {
+		return resizeRaw(path, to, opts)
+	}
+	m, err := qcow2.Open(path, qcow2.Options{DataFile: true})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.Close()) }()
+	size, err := newSize(m.Size(), to)
+	if err != nil {
+		return err
+	}
+	return m.Resize(ctx, size, opts)
+}
+
+// newSize is the size that to says for a disk of old bytes.
+func newSize(old int64, to string) (int64, error) {
+	number := strings.TrimLeft(to, "+-")
+	size, err := ParseSize(number)
+	if err != nil {
+		return 0, err
+	}
+	switch {
+	case len(to)-len(number) > 1:
+		return 0, fmt.Errorf("%q is no size", to)
+	case to[0] == '+':
+		size = old + size
+	case to[0] == '-':
+		size = old - size
+	}
+	if size < 0 {
+		return 0, fmt.Errorf("a disk of %d bytes cannot be changed by %s", old, to)
+	}
+	return size, nil
+}
+
+// resizeRaw is Resize for a raw image.
+func resizeRaw(path, to string, opts qcow2.ResizeOptions) (err error) {
+	d, err := blk.OpenRaw(path, blk.RawOptions{}) // for its lock
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	size, err := newSize(d.Size(), to)
+	switch {
+	case err != nil:
+		return err
+	case size < d.Size() && !opts.Shrink:
+		return fmt.Errorf("%s: shrinking the disk from %d to %d bytes loses what lies beyond; --shrink allows it", path, d.Size(), size)
+	case opts.Preallocation != qcow2.PreallocateOff && size < d.Size():
+		return errors.New("a disk that shrinks cannot be preallocated")
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := preallocateRaw(f, d.Size(), size, opts.Preallocation); err != nil {
+		return err
+	}
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	return f.Sync()
+}
