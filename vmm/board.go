@@ -31,7 +31,7 @@ type board struct {
 	serial *serial
 	entry  boot.Entry
 	vcpus  []*vcpu
-	blocks []*blk.Device // guarded by m.mu
+	blocks []block // in the order of m.disks; guarded by m.mu
 
 	// coalescedMu serialises readers of the ring of coalesced writes.
 	coalescedMu sync.Mutex
@@ -217,8 +217,14 @@ func (b *board) createDisk(d Disk) (err error) {
 	}
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
-	b.blocks = append(b.blocks, dev)
+	b.blocks = append(b.blocks, block{dev, fn})
 	return nil
+}
+
+// block is a disk as its guest sees it.
+type block struct {
+	dev *blk.Device
+	fn  *pci.Transport
 }
 
 // bootMarker is a device that tells when a driver has started it.

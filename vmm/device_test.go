@@ -53,7 +53,11 @@ func (d *memDisk) Flush() error {
 	return nil
 }
 
-func (d *memDisk) Size() int64    { return int64(len(d.b)) }
+func (d *memDisk) Size() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return int64(len(d.b))
+}
 func (d *memDisk) ReadOnly() bool { return false }
 
 // driver writes a bare-metal virtio-blk driver, step by step, for the function
@@ -359,6 +363,56 @@ func TestINTx(t *testing.T) {
 		if outcome != vmm.PowerOff || console != "ok" {
 			t.Errorf("slot %d: the guest ended with %v, console %q", slot, outcome, console)
 		}
+	}
+}
+
+// TestResizeDisk lets a disk grow while its guest runs: the guest finds the new
+// capacity, and a block beyond the old end.
+func TestResizeDisk(t *testing.T) {
+	needKVM(t)
+	const before, after = 64 << 10, 128 << 10
+	var p guesttest.Program
+	d := driver{Program: &p, slot: 2, bar: 0xC001_0000}
+	d.start(d.findCapabilities(), 1)
+	p.Print("ready")
+	d.Poll(d.bar+device, 0xFFFF_FFFF, after/512)
+	d.request(0, 0, 1, after/512-1, 512, false, 1)
+	p.Print("ok")
+	p.PowerOff()
+	disk := &memDisk{b: make([]byte, before)}
+	out := &output{}
+	m, err := vmm.New(vmm.Config{Memory: 64 << 20, Kernel: p.Kernel(t), AllowEmulation: true, Console: vmm.Console{Out: out}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []*memDisk{{b: make([]byte, before)}, disk} {
+		if err := m.AddDisk(vmm.Disk{Name: "disk", Disk: d, Queues: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	go func() {
+		out.waitFor(t, "ready")
+		if err := m.ResizeDisk(1, after); !errors.Is(err, blk.ErrConfig) {
+			t.Errorf("a device larger than its disk: %v", err)
+		}
+		disk.mu.Lock()
+		disk.b = make([]byte, after)
+		disk.mu.Unlock()
+		if err := m.ResizeDisk(1, after); err != nil {
+			t.Error(err)
+		}
+		if err := m.ResizeDisk(2, after); !errors.Is(err, vmm.ErrConfig) {
+			t.Errorf("a disk that is not there: %v", err)
+		}
+	}()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	outcome, err := m.Run(ctx)
+	if err := errors.Join(err, m.Close()); err != nil || outcome != vmm.PowerOff || out.String() != "readyok" {
+		t.Errorf("the guest ended with %v, %v, console %q", outcome, err, out.String())
+	}
+	if err := m.ResizeDisk(1, before); !errors.Is(err, vmm.ErrNoGuest) {
+		t.Errorf("a disk whose guest is gone: %v", err)
 	}
 }
 

@@ -24,7 +24,8 @@ const (
 )
 
 // Machine is a virtual machine. AddDisk, Run and Close belong to one goroutine,
-// and Run is called once; PowerButton and ResumeDisks may be called from any.
+// and Run is called once; PowerButton, ResumeDisks and ResizeDisk may be called
+// from any.
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
@@ -256,9 +257,27 @@ func (m *Machine) ResumeDisks() {
 	if m.board == nil {
 		return
 	}
-	for _, d := range m.board.blocks {
-		d.Resume()
+	for _, b := range m.board.blocks {
+		b.dev.Resume()
 	}
+}
+
+// ResizeDisk tells the guest that disk i, counted from 0 as they were added, has
+// size bytes now, and makes that the bound of its requests. The image has to have
+// grown before; a disk that is to shrink is told first (see blk.Device.Resize). It
+// may be called from any goroutine once Run has been. Between two boots it fails
+// with ErrNoGuest.
+func (m *Machine) ResizeDisk(i int, size int64) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if i < 0 || i >= len(m.disks) {
+		return fmt.Errorf("%w: there is no disk %d, only %d disks from 0 on", ErrConfig, i, len(m.disks))
+	}
+	if m.board == nil {
+		return fmt.Errorf("resize disk %d: %w", i, ErrNoGuest)
+	}
+	b := m.board.blocks[i]
+	return b.fn.UpdateConfig(func() error { return b.dev.Resize(size) })
 }
 
 // Close frees the machine, which must not be running, and waits until the

@@ -131,6 +131,9 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
+// ErrNoGuest: no guest runs that could be told. It may be about to restart.
+var ErrNoGuest = errors.New("no guest is running")
+
 // Errors of New. Each is wrapped in a sentence that says what to do.
 var (
 	// ErrNoKVM: /dev/kvm is missing, may not be opened, or lacks what calf needs.
