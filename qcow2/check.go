@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
 	"os"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -327,5 +326,3 @@ func (x *checker) checkOwners() error {
 	return nil
 }
 
-// maxCount is the greatest count that the image can hold.
-func (x *checker) maxCount() uint64 { return math.MaxUint64 >> (64 - 1<<x.refcountOrder) }

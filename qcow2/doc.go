@@ -54,6 +54,9 @@
 //     shared side is for lookups; the exclusive one for changes to memory, and
 //     short.
 //
+// The decoder of compressed clusters, and the budget that the caches of a chain
+// share, have a lock each, with which no other is taken.
+//
 // Reads, and writes to clusters that the image owns alone, look up under the
 // shared side, pin what they found, drop the lock, and move the data straight
 // between the caller's buffers and the file. They allocate nothing. Slices of L2

@@ -167,7 +167,7 @@ func (r *refcounts) add(c uint64, delta int) (uint64, error) {
 	switch {
 	case delta < 0 && v == 0:
 		return 0, corruptf("the cluster at %#x is in use but has a reference count of zero", r.img.offset(c))
-	case delta > 0 && v == math.MaxUint64>>(64-1<<order):
+	case delta > 0 && v == r.img.maxCount():
 		return 0, corruptf("the reference count of the cluster at %#x overflows", r.img.offset(c))
 	case delta < 0:
 		v--
