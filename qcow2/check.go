@@ -97,8 +97,6 @@ type checker struct {
 	ctx      context.Context
 	h        *header
 	bitmaps  []byte // the header extension, nil if there is none
-	dataFile bool   // guest data is in an external file
-	words    int    // 64-bit words of an L2 entry: 2 if it is extended
 	fileSize int64
 	result   CheckResult
 	used     tally
@@ -132,7 +130,7 @@ type tableUse struct {
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
 	x := &checker{
 		Image: &Image{path: path, file: f, data: f, readOnly: true},
-		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes), words: 1,
+		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes),
 	}
 	var err error
 	if x.fileSize, err = f.Size(); err != nil {
@@ -160,10 +158,6 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	}
 	x.geometry = newGeometry(x.h)
 	x.features = x.h.incompatible
-	x.dataFile = x.h.incompat(incompatDataFile)
-	if x.h.incompat(incompatExtendedL2) {
-		x.words = 2
-	}
 	x.size.Store(int64(x.h.size)) //nolint:gosec // G115: validated
 	if err := x.loadL1(); err != nil {
 		return nil, err
@@ -281,8 +275,7 @@ func (x *checker) refer(off, n uint64, times uint32, what string) error {
 	end := uint64(x.fileSize + x.clusterSize) //nolint:gosec // G115: positive
 	if off >= end || n > end-1-off {
 		x.found(Corruption, off, "the %s at %#x lies beyond the end of the file", what, off)
-		first := off >> x.clusterBits
-		x.outside = append(x.outside, extent{start: first, n: (off+n-1)>>x.clusterBits - first + 1})
+		x.outside = append(x.outside, x.clustersOf(off, n))
 		return x.used.spend(extentCost)
 	}
 	for c := off >> x.clusterBits; c <= (off+n-1)>>x.clusterBits; c++ {

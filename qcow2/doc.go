@@ -115,4 +115,15 @@
 // So at every instant, and after the loss of any unsynced writes, counts are at
 // least as high as the number of pointers, pointers lead to complete contents,
 // and qemu-img check finds leaks at worst.
+//
+// # The order of a repair
+//
+// A repair checks, does one kind of work, and checks again. First go pointers to
+// reserved room that lies where none can be. Then counts rise and fall to the
+// number of references, in place; or, if their structure is lost, a new one is
+// written into free clusters and the header switched to it in one sector. Flags
+// follow the counts. What needs another place, the snapshot table or data in a
+// cluster of a table, is copied and counted before anything points to the copy.
+// The marks of a dirty or corrupt image go last, once a check finds nothing. Each
+// step is durable before the next, and leaves an image that is no worse.
 package qcow2

@@ -279,7 +279,7 @@ func (x *checker) mendEntry(e []uint64, active bool) (changed bool, err error) {
 		return changed, nil
 	case old&entryOffset == 0 || !active:
 		return false, nil
-	case x.dataFile:
+	case x.external:
 		e[0] |= entryCopied // what is not counted is not shared
 	default:
 		e[0], err = x.withCopied(old)
@@ -349,8 +349,8 @@ func (x *checker) mendTable(c uint64, mend func(e []uint64) (bool, error)) (chan
 	if err != nil {
 		return false, err
 	}
-	for i := 0; i < len(table); i += x.words {
-		done, err := mend(table[i : i+x.words])
+	for i := 0; i < len(table); i += x.words() {
+		done, err := mend(table[i : i+x.words()])
 		if err != nil {
 			return false, err
 		}

@@ -51,7 +51,7 @@ func (x *checker) checkSnapshots() error {
 		x.foundError(begin, err)
 		return nil
 	}
-	if n > 0 && x.dataFile {
+	if n > 0 && x.external {
 		x.found(Corruption, begin, "the image has snapshots and an external data file")
 	}
 	plan, faults := snapshotPlan{}, int64(0)

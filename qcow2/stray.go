@@ -23,7 +23,7 @@ func (x *checker) placeStrays() ([]stray, error) {
 		if err != nil {
 			return nil, err
 		}
-		for i := 0; i < len(table); i += x.words {
+		for i := 0; i < len(table); i += x.words() {
 			e := table[i]
 			host := e & entryOffset
 			if e&entryCompressed != 0 || host == 0 || x.meta.at(host>>x.clusterBits) == metaNone {

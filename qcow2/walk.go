@@ -11,6 +11,9 @@ type l2Entry struct {
 	active bool   // the table belongs to the disk, not to snapshots only
 }
 
+// words is the number of 8-byte words in an L2 entry.
+func (x *checker) words() int { return 1 << x.wordBits }
+
 // referL1 counts the references to an L1 table at off and from its entries.
 func (x *checker) referL1(l1 []uint64, off uint64) error {
 	if err := x.refer(off, uint64(len(l1))*8, 1, "L1 table"); err != nil {
@@ -50,7 +53,6 @@ func (x *checker) referL1(l1 []uint64, off uint64) error {
 
 // checkActive walks the L2 tables of the disk, in guest order.
 func (x *checker) checkActive() error {
-	perTable := uint64(x.clusterSize) / 8 / uint64(x.words) //nolint:gosec // G115: positive
 	for i, e := range x.l1 {
 		table := e & entryOffset
 		t := x.tables[table>>x.clusterBits]
@@ -63,7 +65,7 @@ func (x *checker) checkActive() error {
 		if t.walked {
 			continue
 		}
-		if err := x.checkL2(table, x.pointer(uint64(i)*perTable), true); err != nil {
+		if err := x.checkL2(table, x.pointer(uint64(i)<<x.l2Bits), true); err != nil {
 			return err
 		}
 	}
@@ -107,9 +109,9 @@ func (x *checker) checkL2(off, guest uint64, active bool) error {
 	t := x.tables[off>>x.clusterBits]
 	t.walked, t.active = true, active
 	x.tables[off>>x.clusterBits] = t
-	for i := 0; i < len(table); i += x.words {
-		e := l2Entry{e: table[i], at: off + uint64(i)*8, guest: guest + x.pointer(uint64(i/x.words)), active: active} //nolint:gosec // G115: an index
-		if x.words == 2 {
+	for i := 0; i < len(table); i += x.words() {
+		e := l2Entry{e: table[i], at: off + uint64(i)*8, guest: guest + x.pointer(uint64(i>>x.wordBits)), active: active} //nolint:gosec // G115: an index
+		if x.subBits > 0 {
 			e.bitmap = table[i+1]
 		}
 		if e.e == 0 && e.bitmap == 0 {
@@ -132,7 +134,7 @@ func (x *checker) checkEntry(e l2Entry, times uint32) error {
 	}
 	host := e.e & entryOffset
 	data, zero := uint32(e.bitmap), uint32(e.bitmap>>32) //nolint:gosec // G115: its halves
-	if host == 0 && (!x.dataFile || e.e&entryCopied == 0) {
+	if host == 0 && (!x.external || e.e&entryCopied == 0) {
 		if data != 0 {
 			x.found(Corruption, e.at, "the L2 entry without a cluster has subclusters with data (%#x)", e.bitmap)
 		}
@@ -149,7 +151,7 @@ func (x *checker) checkEntry(e l2Entry, times uint32) error {
 		}
 	}
 	x.shape(e.active, false, host)
-	if x.dataFile {
+	if x.external {
 		x.checkExternal(e, host)
 		return nil
 	}
@@ -176,7 +178,7 @@ func (x *checker) checkExternal(e l2Entry, host uint64) {
 // dataless reports whether the allocated cluster of e holds no guest data, so
 // that the entry can do without it.
 func (x *checker) dataless(e l2Entry) bool {
-	if x.words == 2 {
+	if x.subBits > 0 {
 		return uint32(e.bitmap) == 0 //nolint:gosec // G115: its lower half
 	}
 	return x.version > 2 && e.e&entryZero != 0
@@ -195,7 +197,7 @@ func (x *checker) checkCompressed(e l2Entry, times uint32) error {
 	}
 	off, n := x.compressedRange(e.e)
 	switch {
-	case x.dataFile:
+	case x.external:
 		x.found(Corruption, e.at, "the L2 entry %#x is of a compressed cluster, in an image with an external data file", e.e)
 		return nil
 	case off < uint64(x.clusterSize): //nolint:gosec // G115: positive
