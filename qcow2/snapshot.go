@@ -3,12 +3,10 @@ package qcow2
 import (
 	"bufio"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
 	"math"
-	"os"
 	"strings"
 	"time"
 )
@@ -164,21 +162,6 @@ func (m *Image) Snapshots() ([]Snapshot, error) {
 	defer p.leave()
 	all, err := m.listSnapshots()
 	return all, inFile(m.path, err)
-}
-
-// ListSnapshots returns the internal snapshots of the image at path. It opens
-// nothing but the image, and locks it like a reader.
-func ListSnapshots(path string) ([]Snapshot, error) {
-	f, err := openRegular(path, os.O_RDONLY)
-	if err != nil {
-		return nil, err
-	}
-	if err := lockImage(f, path, false); err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	m := &Image{path: path, file: newOSFile(f)}
-	all, err := m.listSnapshots()
-	return all, errors.Join(inFile(path, err), f.Close())
 }
 
 func (m *Image) listSnapshots() ([]Snapshot, error) {

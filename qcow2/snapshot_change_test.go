@@ -79,7 +79,7 @@ func verifySaved(t *testing.T, path string, s saved) {
 	if r := check(t, path); !r.Clean() {
 		t.Fatalf("%+v", r.Findings)
 	}
-	ours, err := ListSnapshots(path)
+	ours, err := inspectSnapshots(path)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -201,6 +201,9 @@ func TestImageSnapshot(t *testing.T) {
 		both(t, "check", path)
 	}
 	do("-c", "one")
+	qemuImg(t, "bitmap", "--add", path, "b0")
+	qemuImg(t, "bitmap", "--add", "--disable", "-g", "4k", path, "b1")
+	both(t, "info", path)
 	qemuImg(t, "snapshot", "-c", "two", path)
 	do("-c", "three")
 	do("-a", "two")

@@ -54,14 +54,21 @@ type formatInfo struct {
 
 // qcow2Info is what only qcow2 images have. Those of version 2 lack the pointers.
 type qcow2Info struct {
-	Compat          string `json:"compat"`
-	CompressionType string `json:"compression-type"`
-	LazyRefcounts   *bool  `json:"lazy-refcounts,omitempty"`
-	RefcountBits    int    `json:"refcount-bits"`
-	Corrupt         *bool  `json:"corrupt,omitempty"`
-	ExtendedL2      *bool  `json:"extended-l2,omitempty"`
-	DataFile        string `json:"data-file,omitempty"`
-	DataFileRaw     *bool  `json:"data-file-raw,omitempty"`
+	Compat          string   `json:"compat"`
+	CompressionType string   `json:"compression-type"`
+	LazyRefcounts   *bool    `json:"lazy-refcounts,omitempty"`
+	RefcountBits    int      `json:"refcount-bits"`
+	Corrupt         *bool    `json:"corrupt,omitempty"`
+	ExtendedL2      *bool    `json:"extended-l2,omitempty"`
+	DataFile        string   `json:"data-file,omitempty"`
+	DataFileRaw     *bool    `json:"data-file-raw,omitempty"`
+	Bitmaps         []bitmap `json:"bitmaps,omitempty"`
+}
+
+type bitmap struct {
+	Name        string   `json:"name"`
+	Granularity int64    `json:"granularity"`
+	Flags       []string `json:"flags"`
 }
 
 // Inspect returns what is to be known of the image at path. It opens nothing else.
@@ -120,6 +127,16 @@ func specific(q *qcow2.Info) qcow2Info {
 	d.Compat, d.LazyRefcounts, d.Corrupt, d.ExtendedL2 = "1.1", &q.LazyRefcounts, &q.Corrupt, &q.ExtendedL2
 	if q.ExternalData {
 		d.DataFile, d.DataFileRaw = q.DataFile, &q.DataFileRaw
+	}
+	for _, b := range q.Bitmaps {
+		flags := []string{}
+		if b.InUse {
+			flags = append(flags, "in-use")
+		}
+		if b.Enabled {
+			flags = append(flags, "auto")
+		}
+		d.Bitmaps = append(d.Bitmaps, bitmap{b.Name, b.Granularity, flags})
 	}
 	return d
 }
@@ -185,6 +202,16 @@ func (i *Info) Text(w io.Writer) error {
 func (p *printer) specific(d qcow2Info) {
 	p.f("Format specific information:\n    compat: %s\n    compression type: %s\n", d.Compat, d.CompressionType)
 	p.flag("lazy refcounts", d.LazyRefcounts)
+	if len(d.Bitmaps) > 0 {
+		p.f("    bitmaps:\n")
+	}
+	for i, b := range d.Bitmaps {
+		p.f("        [%d]:\n            flags:\n", i)
+		for k, flag := range b.Flags {
+			p.f("                [%d]: %s\n", k, flag)
+		}
+		p.f("            name: %s\n            granularity: %d\n", b.Name, b.Granularity)
+	}
 	p.f("    refcount bits: %d\n", d.RefcountBits)
 	if d.DataFile != "" {
 		p.f("    data file: %s\n", d.DataFile)

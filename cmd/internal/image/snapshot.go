@@ -41,11 +41,11 @@ func ChangeSnapshot(ctx context.Context, path string, verb SnapshotVerb, name st
 // ListSnapshots writes a table of the snapshots of the image at path, nothing if
 // there are none. It opens nothing but the image.
 func ListSnapshots(w io.Writer, path string) error {
-	all, err := qcow2.ListSnapshots(path)
-	if err != nil || len(all) == 0 {
+	info, err := qcow2.Inspect(path)
+	if err != nil || len(info.Snapshots) == 0 {
 		return err
 	}
 	p := printer{w: w}
-	p.snapshots(all)
+	p.snapshots(info.Snapshots)
 	return p.err
 }
