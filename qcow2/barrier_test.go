@@ -230,7 +230,7 @@ func (run *crashRun) noWorse(t *testing.T, s state, before *CheckResult, disk []
 	case s.data[offAutoclear] != 0 && !bytes.Equal(s.data[sector:], run.start[sector:]):
 		return fmt.Errorf("%s at %d: an unknown autoclear bit stands beside changes", s.what, s.cut)
 	}
-	return run.repaired(t, s.data, disk)
+	return run.repaired(t, s, disk)
 }
 
 // TestCrashRepair cuts the power while images are repaired.

@@ -62,6 +62,10 @@ func inspect(b []byte) (verdict, map[uint64]uint64) {
 	table := be.Uint64(b[64:])
 	off := table
 	for range be.Uint32(b[60:]) {
+		if off+40 > uint64(len(b)) {
+			x.corrupt("the snapshot table at %#x is past the end of the file", table)
+			return x.verdict, x.refs
+		}
 		s := b[off:]
 		x.tree(be.Uint64(s), uint64(be.Uint32(s[8:])), false)
 		off += (40 + uint64(be.Uint16(s[12:])) + uint64(be.Uint16(s[14:])) + uint64(be.Uint32(s[36:])) + 7) &^ 7

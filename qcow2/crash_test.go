@@ -35,6 +35,12 @@ var workloads = []workload{
 	{name: "subclusters", opts: CreateOptions{Size: 512 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, queues: 2, ops: 60, mix: mixedMix + " discard"},
 	{name: "subclusters, packed", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, queues: 2, ops: 60, mix: wholeMix},
 	{name: "subclusters over backing", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, under: 130 << 10, queues: 1, ops: 80, mix: mixedMix + " reopen resize"},
+	{name: "snapshots", opts: CreateOptions{Size: 96 << 10, ClusterSize: 512}, queues: 2, ops: 50, mix: snapMix},
+	{name: "snapshots, resized, packed", opts: CreateOptions{Size: 128 << 10, ClusterSize: 4096, RefcountBits: 32}, under: 50 << 10, queues: 1, ops: 70, mix: snapMix + " resize pack pack reopen"},
+	{name: "snapshots of subclusters", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true}, prepare: snapshotted(64 << 10), queues: 1, ops: 60, mix: snapMix},
+	{name: "data file", opts: CreateOptions{Size: 128 << 10, ClusterSize: 4096}, data: true, queues: 2, ops: 50, mix: mixedMix},
+	{name: "data file over backing", opts: CreateOptions{Size: 96 << 10, ClusterSize: 512}, under: 50 << 10, data: true, queues: 1, ops: 80, mix: mixedMix + " resize reopen"},
+	{name: "raw data file", opts: CreateOptions{Size: 256 << 10, ClusterSize: 16 << 10, ExtendedL2: true, DataFileRaw: true}, data: true, queues: 1, ops: 80, mix: mixedMix + " resize"},
 	{name: "host full", opts: CreateOptions{Size: 128 << 10, ClusterSize: 512}, under: 32 << 10, queues: 2, ops: 60, mix: mixedMix, fails: 8},
 }
 

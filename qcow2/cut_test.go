@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"cmp"
 	"math/rand/v2"
 	"slices"
@@ -52,11 +53,17 @@ const (
 	sizeEarly               // as far as all that was written reaches
 )
 
-// state is the file as a power cut may leave it. data is valid until the next.
+// state is the file as a power cut may leave it, and the external data file where
+// there is one. Both are valid until the next.
 type state struct {
-	cut  int
-	what string
-	data []byte
+	cut       int
+	what      string
+	data, ext []byte
+}
+
+// file returns a file with copies of what s has.
+func (s state) file() *memFile {
+	return (&memFile{data: bytes.Clone(s.data)}).withExt(bytes.Clone(s.ext))
 }
 
 // random says which cuts are chosen at random until there are enough.
@@ -66,12 +73,12 @@ var random = []keeping{keepSome, keepSome, keepMost, keepMost, keepTorn, keepPag
 // they are too many, else all, filled up with random ones.
 func cuts(log []event, r *rand.Rand, n int) []cut {
 	var all []cut
-	var ends []int // of the events that a power cut may lose in part
-	base := 0
+	var ends []int  // of the events that a power cut may lose in part
+	var base [2]int // of the file and of its data file
 	for k := range log {
 		e := &log[k]
 		if e.kind == evSyncEnd {
-			base = e.sync
+			base[b2int(e.ext)] = e.sync
 		}
 		if e.changes() {
 			all = append(all, cut{at: k + 1})
@@ -95,11 +102,11 @@ func cuts(log []event, r *rand.Rand, n int) []cut {
 }
 
 // systematic returns the cuts at the end of the log that lose or keep one event
-// or one kind of events, none of those before base.
-func systematic(log []event, base int) []cut {
+// or one kind of events, none of those of a file before its base.
+func systematic(log []event, base [2]int) []cut {
 	var all []cut
-	for i := base; i < len(log); i++ {
-		if log[i].changes() {
+	for i := min(base[0], base[1]); i < len(log); i++ {
+		if log[i].changes() && i >= base[b2int(log[i].ext)] {
 			all = append(all, cut{at: len(log), keep: keepOne, one: i}, cut{at: len(log), keep: dropOne, one: i})
 		}
 	}
@@ -124,21 +131,31 @@ func (run *crashRun) states(r *rand.Rand, n int, check func(state) bool) int {
 // statesAt calls check with the state of each cut, ascending, until it returns
 // false, and returns how many it has seen.
 func (run *crashRun) statesAt(all []cut, check func(state) bool) int {
-	durable := append([]byte(nil), run.start...) // everything before log[base]
-	base, next := 0, 0
-	var data []byte
+	// Everything of a file before log[base] is durable.
+	durable := [2][]byte{bytes.Clone(run.start), bytes.Clone(run.startExt)}
+	var base [2]int
+	var files [2][]byte
+	next := 0
 	for i, c := range all {
 		for ; next < c.at; next++ {
-			e := &run.f.log[next]
-			if e.kind != evSyncEnd {
-				continue
-			}
-			for ; base < e.sync; base++ {
-				durable = run.f.log[base].apply(durable)
+			if e := &run.f.log[next]; e.kind == evSyncEnd {
+				k := b2int(e.ext)
+				for ; base[k] < e.sync; base[k]++ {
+					if p := &run.f.log[base[k]]; p.ext == e.ext {
+						durable[k] = p.apply(durable[k])
+					}
+				}
 			}
 		}
-		data = c.build(append(data[:0], durable...), run.f.log, base)
-		if !check(state{cut: c.at, what: c.keep.String(), data: data}) {
+		for k := range files {
+			files[k] = append(files[k][:0], durable[k]...)
+		}
+		c.build(&files, run.f.log, base)
+		s := state{cut: c.at, what: c.keep.String(), data: files[0]}
+		if run.startExt != nil {
+			s.ext = files[1]
+		}
+		if !check(s) {
 			return i + 1
 		}
 	}
@@ -168,31 +185,32 @@ func afterLost(log []event, all []cut, n int) []cut {
 	return all
 }
 
-// build adds to data, the durable file, what c keeps of the events from base on.
-func (c *cut) build(data []byte, log []event, base int) []byte {
+// build adds to the files, which are durable, what c keeps of the events from
+// their bases on. What becomes of the length concerns the image.
+func (c *cut) build(files *[2][]byte, log []event, base [2]int) {
 	r := rand.New(rand.NewPCG(c.seed, 0))
-	late, early := int64(len(data)), int64(len(data))
-	for i := base; i < c.at; i++ {
+	late, early := int64(len(files[0])), int64(len(files[0]))
+	for i := min(base[0], base[1]); i < c.at; i++ {
 		e := &log[i]
-		switch e.kind {
-		case evWrite, evPunch:
-			early = max(early, e.off+int64(len(e.data)))
-		case evTruncate:
-			late, early = min(late, e.off), max(early, e.off)
-		default:
+		k := b2int(e.ext)
+		if !e.changes() || i < base[k] {
 			continue
 		}
-		data = c.add(data, e, i, r)
+		if !e.ext && e.kind == evTruncate {
+			late, early = min(late, e.off), max(early, e.off)
+		} else if !e.ext {
+			early = max(early, e.off+int64(len(e.data)))
+		}
+		files[k] = c.add(files[k], e, i, r)
 	}
-	switch n := int64(len(data)); {
+	switch n := int64(len(files[0])); {
 	case c.size == sizeLate:
-		data = truncate(data, min(n, late))
+		files[0] = truncate(files[0], min(n, late))
 	case c.size == sizeTorn && n > late:
-		data = truncate(data, late+r.Int64N(n-late)&^(sector-1))
+		files[0] = truncate(files[0], late+r.Int64N(n-late)&^(sector-1))
 	case c.size == sizeEarly:
-		data = truncate(data, max(n, early))
+		files[0] = truncate(files[0], max(n, early))
 	}
-	return data
 }
 
 // add adds what c keeps of event e, with index i in the log.

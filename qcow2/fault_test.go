@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"fmt"
-	"math"
 	"math/rand/v2"
 	"runtime"
 	"strings"
@@ -69,7 +68,7 @@ func TestFaults(t *testing.T) {
 // there were.
 func faultRun(t *testing.T, base *crashRun, w workload, seed uint64, bad fault) int {
 	t.Helper()
-	run := base.resume(base.start, base.disk)
+	run := base.resume(state{data: base.start, ext: base.startExt}, base.disk)
 	run.f.rec = false
 	run.m = run.open(t, run.f, false)
 	ops, hit, told := 0, "", false
@@ -90,14 +89,13 @@ func faultRun(t *testing.T, base *crashRun, w workload, seed uint64, bad fault) 
 	run.play(t, w, rand.New(rand.NewPCG(seed, 1)))
 	run.f.fail = nil
 	run.sound(t, "in memory")
-	killed := &memFile{data: append([]byte(nil), run.f.data...)}
-	run.reopened(t, "killed", killed)
+	run.reopened(t, "killed")
 	if err := run.close(); err == nil {
 		run.noLeaks(t)
 	} else if told = true; !known(err) {
 		t.Errorf("close: %v", err)
 	}
-	run.reopened(t, "closed", run.f)
+	run.reopened(t, "closed")
 	if hit != "" && !told {
 		t.Errorf("nobody was told that a %s failed", hit)
 	}
@@ -129,12 +127,13 @@ func (run *crashRun) sound(t *testing.T, when string) {
 	}
 }
 
-// reopened checks the file and reads its disk.
-func (run *crashRun) reopened(t *testing.T, when string, f *memFile) {
+// reopened checks the file as it is and reads its disk.
+func (run *crashRun) reopened(t *testing.T, when string) {
 	t.Helper()
-	err := checkState(f.data)
+	now := run.now()
+	err := checkState(now.data)
 	if err == nil {
-		_, err = run.verify(t, state{cut: math.MaxInt, data: f.data})
+		_, err = run.verify(t, now)
 	}
 	if err != nil {
 		t.Errorf("%s: %v", when, err)

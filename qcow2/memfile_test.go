@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"runtime"
 	"strings"
 	"sync"
@@ -21,6 +22,9 @@ type memFile struct {
 	// code that asked for them: the control of the crash tests.
 	noBarrier func(site string) bool
 	syncs     int
+	// ext is the external data file of the image in this one. What is done to
+	// it is in the log of its image.
+	ext, image *memFile
 	// pause, if set, is called before and after each operation, so that others
 	// run meanwhile.
 	pause func()
@@ -47,7 +51,8 @@ type event struct {
 	off  int64 // the length, of evTruncate
 	data []byte
 	note string
-	sync int // index in the log of the sync's beginning
+	sync int  // index in the log of the sync's beginning
+	ext  bool // done to the external data file
 }
 
 // changes reports whether the event changes the file, so that a power cut may
@@ -65,18 +70,61 @@ func (e *event) apply(image []byte) []byte {
 	return image
 }
 
+// check decides whether the operation fails. mu is held.
 func (f *memFile) check(op string) error {
+	if f.image != nil {
+		f.image.mu.Lock()
+		defer f.image.mu.Unlock()
+		return f.image.check(op)
+	}
 	if f.fail == nil {
 		return nil
 	}
 	return f.fail(op)
 }
 
-// record adds e to the log if f records. mu is held.
-func (f *memFile) record(e event) {
+// record adds e to the log if f records, and returns its index. mu is held.
+func (f *memFile) record(e event) int {
+	if f.image != nil {
+		f.image.mu.Lock()
+		defer f.image.mu.Unlock()
+		e.ext = true
+		return f.image.record(e)
+	}
 	if f.rec {
 		f.log = append(f.log, e)
 	}
+	return len(f.log) - 1
+}
+
+// barrierLeaves reports whether the sync under way leaves a trace.
+func (f *memFile) barrierLeaves() bool {
+	if f.image != nil {
+		f = f.image
+	}
+	return f.noBarrier == nil || !f.noBarrier(barrierSite())
+}
+
+// withExt gives f the external data file with the given contents, unless they are
+// nil, and returns f.
+func (f *memFile) withExt(data []byte) *memFile {
+	if data != nil {
+		f.ext = &memFile{data: data, image: f}
+	}
+	return f
+}
+
+// contents returns copies of the file and of its external data file.
+func (f *memFile) contents() (data, ext []byte) {
+	f.mu.Lock()
+	data = bytes.Clone(f.data)
+	f.mu.Unlock()
+	if f.ext != nil {
+		f.ext.mu.Lock()
+		ext = bytes.Clone(f.ext.data)
+		f.ext.mu.Unlock()
+	}
+	return data, ext
 }
 
 // paused pauses now, and again when what it returns is called.
@@ -150,10 +198,9 @@ func (f *memFile) Fdatasync() error {
 	f.mu.Lock()
 	f.syncs++
 	err := f.check("sync")
-	traced := f.rec && (f.noBarrier == nil || !f.noBarrier(barrierSite()))
-	begin := len(f.log)
+	traced, begin := f.barrierLeaves(), 0
 	if traced {
-		f.record(event{kind: evSyncBegin})
+		begin = f.record(event{kind: evSyncBegin})
 	} else {
 		f.record(event{kind: evMark, note: barrierLost})
 	}
@@ -181,7 +228,7 @@ func barrierSite() string {
 		var frame runtime.Frame
 		frame, more = frames.Next()
 		name := frame.Function[strings.LastIndexByte(frame.Function, '.')+1:]
-		if name != "Fdatasync" && name != "datasync" {
+		if name != "barrierLeaves" && name != "Fdatasync" && name != "datasync" {
 			return siteOf(frame.File, frame.Line)
 		}
 	}

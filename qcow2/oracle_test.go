@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"testing"
 )
 
@@ -71,7 +70,7 @@ func (o *oracles) judge(s state) error {
 
 func (o *oracles) judgeState(s state) error {
 	o.states++
-	h := maphash.Bytes(o.hash, s.data)
+	h := maphash.Bytes(o.hash, s.data) ^ maphash.Bytes(o.hash, s.ext)<<1
 	_, seen := o.known[h]
 	if !seen {
 		o.known[h] = struct{}{}
@@ -89,19 +88,19 @@ func (o *oracles) judgeState(s state) error {
 	}
 	if o.due(o.qemuEvery, 1) {
 		o.qemu++
-		if err := o.witness(s.data, disk); err != nil {
+		if err := o.witness(s, disk); err != nil {
 			return err
 		}
 	}
 	if o.due(o.repairEvery, 2) {
 		o.repairs++
-		if err := o.run.repaired(o.t, s.data, disk); err != nil {
+		if err := o.run.repaired(o.t, s, disk); err != nil {
 			return err
 		}
 	}
 	if o.due(o.moreEvery, 3) {
 		o.went++
-		return o.goOn(s.data, disk)
+		return o.goOn(s, disk)
 	}
 	return nil
 }
@@ -122,7 +121,8 @@ func checkState(data []byte) error {
 // verify reads the disk of a state and returns its contents, if every sector is
 // what it may be.
 func (run *crashRun) verify(t testing.TB, s state) ([]byte, error) {
-	m, err := run.openIn(&memFile{data: s.data}, Options{ReadOnly: true})
+	f := (&memFile{data: s.data}).withExt(s.ext)
+	m, err := run.openIn(f, Options{ReadOnly: true})
 	if err != nil {
 		return nil, err
 	}
@@ -131,7 +131,16 @@ func (run *crashRun) verify(t testing.TB, s state) ([]byte, error) {
 	if err := m.ReadvAt([][]byte{disk}, 0); err != nil {
 		return nil, err
 	}
+	if err := run.judgeKept(f, m, s.cut); err != nil {
+		return nil, err
+	}
 	return disk, run.judgeDisk(disk, s.cut)
+}
+
+// now is the state of the file as it is.
+func (run *crashRun) now() state {
+	data, ext := run.f.contents()
+	return state{cut: math.MaxInt, what: "now", data: data, ext: ext}
 }
 
 // judgeDisk judges the contents of the disk after a power cut.
@@ -158,12 +167,14 @@ func (run *crashRun) judgeSectors(lba uint64, b []byte, from, to int) error {
 	return nil
 }
 
-// witness has QEMU check the image and read the same disk. A snapshot from before
-// the workload still is the first one.
-func (o *oracles) witness(data, disk []byte) error {
+// witness has QEMU check the image and read the same disk and snapshots.
+func (o *oracles) witness(s state, disk []byte) error {
 	dir := filepath.Dir(o.run.path)
 	path := filepath.Join(dir, "state.qcow2")
-	writeFile(o.t, path, data)
+	writeFile(o.t, path, s.data)
+	if s.ext != nil {
+		writeFile(o.t, filepath.Join(dir, dataFileName), s.ext)
+	}
 	out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput()
 	if e, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || e.ExitCode() != 3) {
 		return fmt.Errorf("qemu-img check: %w\n%s", err, out)
@@ -174,21 +185,21 @@ func (o *oracles) witness(data, disk []byte) error {
 	if err != nil || !bytes.Equal(got, disk) {
 		return fmt.Errorf("QEMU reads other data (%w)", err)
 	}
-	if o.run.start[63] == 0 { // the number of snapshots
-		return nil
-	}
-	qemu(o.t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", "snapshot.name=s", path, raw)
-	got, err = os.ReadFile(raw) // as long as the disk is now
-	if n := min(len(got), len(o.run.disk)); err != nil || !bytes.Equal(got[:n], o.run.disk[:n]) {
-		return fmt.Errorf("QEMU reads other data from the snapshot (%w)", err)
+	for _, name := range o.run.keptIn(s) {
+		qemu(o.t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", "snapshot.name="+name, path, raw)
+		got, err := os.ReadFile(raw) // as long as the disk is now
+		want := o.run.kept[name].disk
+		if n := min(len(got), len(want)); err != nil || !bytes.Equal(got[:n], want[:n]) {
+			return fmt.Errorf("QEMU reads other data from the snapshot %s (%w)", name, err)
+		}
 	}
 	return nil
 }
 
 // repaired repairs a copy of the image: it is clean then and has the same
 // contents.
-func (run *crashRun) repaired(t testing.TB, data, disk []byte) error {
-	f := &memFile{data: append([]byte(nil), data...)}
+func (run *crashRun) repaired(t testing.TB, s state, disk []byte) error {
+	f := s.file()
 	_, after, err := repairIn(t.Context(), f, run.path, RepairAll, CheckOptions{})
 	if err != nil || !after.Clean() {
 		return fmt.Errorf("the repair left %+v (%w)", after, err)
@@ -207,28 +218,33 @@ func (run *crashRun) repaired(t testing.TB, data, disk []byte) error {
 
 // goOn opens a copy of the image for writing, as after a reboot, goes on with
 // the steps of the workload, and judges the result.
-func (o *oracles) goOn(data, disk []byte) error {
-	next := o.run.resume(data, disk)
+func (o *oracles) goOn(s state, disk []byte) error {
+	next := o.run.resume(s, disk)
 	next.m = next.open(o.t, next.f, false)
 	next.play(o.t, o.more, o.r)
 	must(o.t, next.close())
 	if err := checkState(next.f.data); err != nil {
 		return fmt.Errorf("after going on: %w", err)
 	}
-	if _, err := next.verify(o.t, state{cut: math.MaxInt, data: next.f.data}); err != nil {
+	if _, err := next.verify(o.t, next.now()); err != nil {
 		return fmt.Errorf("after going on: %w", err)
 	}
 	return nil
 }
 
 // resume returns a run that begins with the given file, whose disk is known.
-func (run *crashRun) resume(data, disk []byte) *crashRun {
+func (run *crashRun) resume(s state, disk []byte) *crashRun {
 	next := &crashRun{
-		path: run.path, start: data, disk: disk, opts: run.opts,
-		f:      &memFile{data: slices.Clone(data), rec: true},
+		path: run.path, start: s.data, startExt: s.ext, disk: disk, opts: run.opts,
+		f:      s.file(),
 		length: newHistory(uint64(len(disk)) / sector),
 	}
+	next.f.rec = true
 	next.seq.Store(run.seq.Load() + 1)
+	next.kept = map[string]*kept{}
+	for _, name := range run.keptIn(s) {
+		next.kept[name] = &kept{exists: newHistory(1), disk: run.kept[name].disk}
+	}
 	for lba := range uint64(len(disk)) / sector {
 		seq, _ := readStamp(disk[lba*sector:], lba) // verified, or of no stamps
 		next.sectors = append(next.sectors, newHistory(seq))

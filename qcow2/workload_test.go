@@ -27,6 +27,8 @@ type workload struct {
 	// full begins with an image full of compressed clusters, every write to
 	// one of which frees host clusters.
 	full bool
+	// data puts guest data into an external data file.
+	data bool
 	// prepare, if set, changes the image at path before it is opened.
 	prepare func(t testing.TB, path string)
 	queues  int    // goroutines
@@ -43,6 +45,7 @@ const (
 	mixedMix = "write write write write write write write read zero punch discard flush flush"
 	stormMix = "write write read zero punch punch discard discard discard flush"
 	// A discard leaves parts of compressed clusters that have subclusters.
+	snapMix   = "write write write write read zero punch discard flush snap snap"
 	wholeMix  = "pack pack write write write read zero punch flush"
 	resizeMix = "write write write write fill read zero punch flush flush resize"
 	packedMix = "pack pack pack pack write read discard flush"
@@ -62,6 +65,7 @@ var steps = map[string]step{
 	"write":   {do: (*worker).write},
 	"pack":    {do: (*worker).pack},
 	"resize":  {do: (*worker).resize},
+	"snap":    {do: (*worker).snapshot, alone: true},
 	"read":    {do: (*worker).read},
 	"fill":    {do: (*worker).fill},
 	"zero":    {do: func(w *worker) error { return w.erase(eraseWrite) }},
@@ -76,17 +80,18 @@ var steps = map[string]step{
 
 // crashRun is an image, its file, and what its sectors may be.
 type crashRun struct {
-	f     *memFile
-	path  string // the image's, beside its backing file
-	start []byte // the file at the beginning
-	disk  []byte // and its contents
-	opts  Options
+	f    *memFile
+	path string // the image's, beside its backing file
+	// The file and its data file at the beginning, and the contents of the disk.
+	start, startExt, disk []byte
+	opts                  Options
 
 	mu      sync.Mutex // guards what follows up to seq; taken before f.mu
 	sectors []history
 	length  history // of the disk in sectors
 	flushes []flush
-	leaky   bool // whether there may be leaks after Close
+	kept    map[string]*kept // snapshots, by name; changed by steps that are alone
+	leaky   bool             // whether there may be leaks after Close
 
 	seq atomic.Uint64 // sequence number of the last write
 	// tolerate says which errors of a step are to be expected; none if nil.
@@ -100,7 +105,7 @@ type crashRun struct {
 // flush is a flush that succeeded, by positions in the log.
 type flush struct {
 	begin, end int
-	// length is set if it is only for the length of the disk.
+	// length is set if it is only for the length of the disk and the snapshots.
 	length bool
 }
 
@@ -137,6 +142,9 @@ func newRun(t testing.TB, w workload) *crashRun {
 		}
 		fallthrough
 	default:
+		if w.data {
+			w.opts.DataFile = filepath.Join(dir, dataFileName)
+		}
 		must(t, Create(path, w.opts))
 	}
 	if w.prepare != nil {
@@ -144,11 +152,22 @@ func newRun(t testing.TB, w workload) *crashRun {
 	}
 	b, err := os.ReadFile(path)
 	must(t, err)
-	m := open(t, path, Options{ReadOnly: true})
+	var ext []byte
+	if w.data {
+		ext, err = os.ReadFile(w.opts.DataFile)
+		must(t, err)
+	}
+	m := open(t, path, Options{ReadOnly: true, DataFile: true})
 	disk := make([]byte, m.Size())
 	must(t, m.ReadvAt([][]byte{disk}, 0))
+	snapshots, err := m.Snapshots()
+	must(t, err)
 	closeImage(t, m)
-	return (&crashRun{path: path}).resume(b, disk)
+	run := &crashRun{path: path, opts: Options{DataFile: true}}
+	for _, s := range snapshots {
+		run.kept = map[string]*kept{s.Name: {disk: disk}} // prepare makes one at most, at its end
+	}
+	return run.resume(state{data: b, ext: ext}, disk)
 }
 
 // pack makes a compressed QCOW2 image of a raw one.
@@ -183,9 +202,20 @@ func (run *crashRun) open(t testing.TB, f *memFile, readOnly bool) *Image {
 	return m
 }
 
-// openIn opens the image in f, with its backing file where there is one.
+// dataFileName is the name of an image's data file, beside the image.
+const dataFileName = "data.raw"
+
+// openIn opens the image in f, with its backing file where there is one, and with
+// f's data file in the place of the host's.
 func (run *crashRun) openIn(f *memFile, opts Options) (*Image, error) {
-	return openFile(f, run.path, opts, &chain{dir: filepath.Dir(run.path)})
+	opts.DataFile = run.opts.DataFile
+	m, err := openFile(f, run.path, opts, &chain{dir: filepath.Dir(run.path)})
+	if err != nil || f.ext == nil {
+		return m, err
+	}
+	hosts := m.data
+	m.data = f.ext
+	return m, hosts.Close()
 }
 
 // record runs the workload and keeps its log.
@@ -391,10 +421,16 @@ func (w *worker) resize() error {
 	if err != nil {
 		return err
 	}
+	run.durable(true)
+	return nil
+}
+
+// durable notes that all that has succeeded is durable; or only the length of the
+// disk and the snapshots.
+func (run *crashRun) durable(length bool) {
 	run.mu.Lock()
 	defer run.mu.Unlock()
-	run.flushes = append(run.flushes, flush{begin: run.f.mark("begin"), end: run.f.mark("flush"), length: true})
-	return nil
+	run.flushes = append(run.flushes, flush{begin: run.f.mark("begin"), end: run.f.mark("flush"), length: length})
 }
 
 // flush makes all that has succeeded before durable.
