@@ -76,11 +76,12 @@ func newCacheBudget(bytes int64) (*cacheBudget, error) {
 
 // join adds m to those that share the budget, and gives it its cache.
 func (b *cacheBudget) join(m *Image) error {
-	lru, err := simplelru.NewLRU[uint64, *slice](1<<40, nil) // bounded by trim, which knows what must stay
+	cost := m.sliceBytes() + sliceOverhead
+	// Its own bound is never met: trim knows what must stay.
+	lru, err := simplelru.NewLRU(1<<40, func(uint64, *slice) { b.spent.Add(-cost) })
 	if err != nil {
 		return err
 	}
-	cost := m.sliceBytes() + sliceOverhead
 	m.cache = &sliceCache{lru: lru, budget: b, cost: cost, limit: int(max(b.bytes/cost, minSlices))}
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -160,7 +161,6 @@ func (c *sliceCache) evict(keep *slice) bool {
 		id, old, _ := c.lru.GetOldest()
 		if old != keep && !old.touched.Load() && old.evictable() {
 			c.lru.Remove(id)
-			c.budget.spent.Add(-c.cost)
 			return true
 		}
 		old.touched.Store(false)

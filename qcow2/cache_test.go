@@ -120,6 +120,22 @@ func TestCacheChainFloor(t *testing.T) {
 	}
 }
 
+// TestCacheGivesBack shows that slices which go because their tables do are taken
+// off what is spent.
+func TestCacheGivesBack(t *testing.T) {
+	m, _ := cacheChain(t, 1, 300)
+	must(t, m.ReadvAt([][]byte{make([]byte, m.Size())}, 0))
+	must(t, m.Resize(t.Context(), 1<<20, ResizeOptions{Shrink: true}))
+	if _, sum := cached(t, m); sum > 40 {
+		t.Errorf("%d slices of a disk that has 32", sum)
+	}
+	_, err := m.CreateSnapshot(t.Context(), "s")
+	must(t, err)
+	must(t, m.ReadvAt([][]byte{make([]byte, m.Size())}, 0))
+	must(t, m.ApplySnapshot(t.Context(), "s"))
+	cached(t, m)
+}
+
 // TestCacheScratch shows that a throw-away overlay and its base share a budget.
 func TestCacheScratch(t *testing.T) {
 	base := create(t, CreateOptions{Size: 1 << 20})
