@@ -3,12 +3,16 @@ package qcow2
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime/metrics"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The fuzzers start from small good images of every kind. What they make of them
@@ -138,8 +142,9 @@ func (in *fuzzInput) patch(b []byte, tables []int64) {
 type fuzzRun struct {
 	*hostileRun
 	base  *fuzzImage
-	good  bool   // it checked without corruptions, and nothing failed since
-	model []byte // contents of the disk; nil if nobody knows them
+	good  bool              // it checked without corruptions, and nothing failed since
+	model []byte            // contents of the disk; nil if nobody knows them
+	kept  map[string][]byte // contents of its snapshots
 }
 
 // fuzzDeadline is longer than any run takes on a busy machine.
@@ -160,6 +165,7 @@ func fuzz(t *testing.T, base *fuzzImage, b []byte, changed bool, ops fuzzInput) 
 		f.read(0, min(f.m.Size(), 4*fuzzSize))
 		_ = f.judge(f.m.Close())
 	}
+	f.kept = f.snapshots()
 	if !bytes.Equal(f.f.data, start) {
 		t.Error("a reader changed the image")
 	}
@@ -224,31 +230,109 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 	how := in.uint(1)
 	off := int64(in.uint(3) % uint64(size))
 	n := min(1+int64(in.uint(2))%int64(len(f.buf)), size-off)
-	var err error
-	switch how % 8 {
+	switch how % 13 {
 	case 0, 1:
-		if _, err = f.m.WriteAt(f.buf[:n], off); f.model != nil {
+		_, err := f.m.WriteAt(f.buf[:n], off)
+		f.note(err)
+		if f.model != nil {
 			copy(f.model[off:], f.buf[:n])
 		}
 	case 2, 3, 4:
 		if f.model != nil {
-			erase(f.t, f.m, f.model, int(how%8-2), off, n)
+			erase(f.t, f.m, f.model, int(how%13-2), off, n)
 		} else {
-			err = eraser(f.m, int(how%8-2))(off, n)
+			f.note(eraser(f.m, int(how%13-2))(off, n))
 		}
 	case 5:
-		err = f.m.Flush()
+		f.note(f.m.Flush())
 	case 6:
 		f.read(off, n)
-		for _, mapErr := range f.m.Map(off, n) {
-			f.note(mapErr)
+		for _, err := range f.m.Map(off, n) {
+			f.note(err)
 		}
 	case 7:
 		f.note(f.m.Close())
 		return f.open(Options{}) == nil
+	case 8:
+		off -= f.m.inCluster(off)
+		b := f.buf[:min(f.m.clusterSize, size-off)]
+		if !f.refused(f.m.WriteCompressed(b, off)) && f.model != nil {
+			copy(f.model[off:], b)
+		}
+	case 9:
+		f.resize(int(in.uint(3)%(2*fuzzSize)) &^ 511)
+	default:
+		f.snapshot(int(how%13-10), [...]string{"first", "second", "one", "two"}[n%4])
+	}
+	return true
+}
+
+// refused notes the result of an operation that may be refused, and reports
+// whether it was or failed.
+func (f *fuzzRun) refused(err error) bool {
+	for _, kind := range []error{ErrUnsupported, ErrInvalidOption, ErrNoSnapshot, unix.EFBIG} {
+		if errors.Is(err, kind) {
+			return f.typed(err) != nil
+		}
 	}
 	f.note(err)
-	return true
+	return err != nil
+}
+
+func (f *fuzzRun) resize(size int) {
+	opts := ResizeOptions{Shrink: int64(size) < f.m.Size()}
+	if !opts.Shrink {
+		opts.Preallocation = Preallocation(size >> 9 % 4)
+	}
+	if f.refused(f.m.Resize(f.t.Context(), int64(size), opts)) || f.model == nil {
+		return
+	}
+	f.model = append(f.model[:min(size, len(f.model))], make([]byte, max(size-len(f.model), 0))...)
+}
+
+// snapshot makes, applies or deletes the snapshot with the name. It looks at all
+// tables; where it finds one broken it changes nothing, and marks nothing either.
+func (f *fuzzRun) snapshot(how int, name string) {
+	ctx := f.t.Context()
+	var err error
+	switch how {
+	case 0:
+		_, err = f.m.CreateSnapshot(ctx, name)
+	case 1:
+		err = f.m.ApplySnapshot(ctx, name)
+	case 2:
+		err = f.m.DeleteSnapshot(ctx, name)
+	}
+	switch {
+	case errors.Is(err, ErrCorrupt) && f.model == nil:
+		f.good = f.typed(err) == nil
+	case f.refused(err):
+	case how == 0 && f.model != nil:
+		f.kept[name] = bytes.Clone(f.model)
+	case how == 1 && f.model != nil:
+		f.model = bytes.Clone(f.kept[name])
+	case how == 2:
+		delete(f.kept, name)
+	}
+}
+
+// snapshots returns the disks of the snapshots, of which it reads a few, by name.
+func (f *fuzzRun) snapshots() map[string][]byte {
+	disks := map[string][]byte{}
+	if f.open(Options{ReadOnly: true}) != nil {
+		return disks
+	}
+	list, err := f.m.Snapshots()
+	f.note(err)
+	f.note(f.m.Close())
+	for _, s := range list[:min(len(list), 8)] {
+		if f.open(Options{ReadOnly: true, Snapshot: s.ID}) != nil {
+			continue
+		}
+		disks[s.Name] = f.read(0, min(f.m.Size(), 4*fuzzSize))
+		f.note(f.m.Close())
+	}
+	return disks
 }
 
 // finish closes the image and checks what it has become.
@@ -261,6 +345,10 @@ func (f *fuzzRun) finish(changed bool) {
 		return
 	}
 	r, err := checkIn(f.t.Context(), &memFile{data: f.f.data}, hostilePath, CheckOptions{})
+	f.model = nil
+	if !changed && !maps.EqualFunc(f.snapshots(), f.kept, bytes.Equal) {
+		f.t.Error("a snapshot differs")
+	}
 	if err != nil || r.Corruptions > 0 || !changed && r.Leaks > f.base.leaks {
 		f.t.Errorf("at the end: %v %+v", err, r)
 	}
@@ -271,6 +359,8 @@ var someOps = []byte{
 	0, 0, 0x10, 3, 0x90, 0, 5, 0, 0, 0, 0, 0, 2, 0, 0x20, 0, 0x40, 0, 3, 0, 0, 0, 0x40, 0,
 	4, 1, 0, 0, 0x9c, 0, 0, 1, 0x90, 0, 0x9c, 0x3f, 7, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0x9c, 0x3f,
 	6, 0, 0, 0, 0x9c, 0x3f, 0, 3, 0xff, 0, 2, 0, 5, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0x9c, 0x3f, 5, 0, 0, 0, 0, 0,
+	8, 0, 0x50, 0, 0, 0, 10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0x9c, 0x3f, 9, 0, 0, 0, 0, 0, 5, 0xfe, 1,
+	12, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 2, 0, 0, 11, 0, 0, 0, 0, 1, 0, 0, 0x90, 0, 0x9c, 0x3f,
 }
 
 // FuzzHeader replaces the beginning of the first cluster: header, extensions and

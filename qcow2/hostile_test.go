@@ -104,14 +104,19 @@ func (h *hostileRun) open(opts Options) error {
 	return nil
 }
 
-// judge judges the error of an operation, if it is one, and returns it.
-func (h *hostileRun) judge(err error) error {
-	if err == nil {
-		return nil
-	}
+// typed checks that an error tells what and where, and returns it.
+func (h *hostileRun) typed(err error) error {
 	var e *Error
-	if !errors.As(err, &e) || e.Path != hostilePath || e.What == "" {
+	if err != nil && (!errors.As(err, &e) || e.Path != hostilePath || e.What == "") {
 		h.t.Errorf("an error without a type or a name: %#v", err)
+	}
+	return err
+}
+
+// judge judges the error of a request, if it is one, and returns it.
+func (h *hostileRun) judge(err error) error {
+	if h.typed(err) == nil {
+		return nil
 	}
 	if h.m != nil && !h.m.readOnly && h.m.version > 2 && errors.Is(err, ErrCorrupt) && !h.markedCorrupt() {
 		h.t.Errorf("the image is not marked corrupt after: %v", err)
