@@ -12,6 +12,10 @@ import "sync/atomic"
 // pinShards spreads the counters over cache lines; a request keeps to one.
 const pinShards = 16
 
+// growShard is the shard of what Resize does to prepare a growing disk. It alone
+// may reach beyond the end.
+const growShard = pinShards
+
 // pin is what one shard of requests holds in one epoch: how many are under way
 // in the low bits, and above them how many there have been, so that one addition
 // counts both.
@@ -35,7 +39,7 @@ const firstEpoch = 2
 type epochs struct {
 	now   uint64 // guarded by Image.mu
 	past  uint64 // guarded by Image.mu; pins of epochs that are over
-	slots [2][pinShards]pin
+	slots [2][pinShards + 1]pin
 }
 
 // enter pins the present epoch. Image.mu is held, shared or not. The caller

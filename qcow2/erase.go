@@ -40,18 +40,18 @@ func (m *Image) erase(off, n int64, how room) error {
 	if err := m.checkWrite(off, n); err != nil {
 		return err
 	}
-	return m.eraseAll(off, n, how)
-}
-
-// eraseAll is erase of a range within reach.
-func (m *Image) eraseAll(off, n int64, how room) error {
 	r := newRequest(nil)
 	defer r.release()
+	return m.eraseAll(off, n, how, r.shard)
+}
+
+// eraseAll is erase of a range within reach of the shard.
+func (m *Image) eraseAll(off, n int64, how room, shard int) error {
 	for n > 0 {
 		if err := m.usable(); err != nil {
 			return err
 		}
-		done, err := m.eraseSome(off, n, how, r.shard)
+		done, err := m.eraseSome(off, n, how, shard)
 		if err != nil {
 			return m.explain(err)
 		}
@@ -66,7 +66,7 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 	if empty := m.emptyTable(off); empty > 0 {
 		return min(n, empty), nil
 	}
-	size := m.reach.Load()
+	size := m.limit(shard)
 	part, byFlag, err := m.erasable(off, n, size, how, shard)
 	if err != nil {
 		return 0, err
@@ -82,8 +82,8 @@ func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
-	if m.reach.Load() != size {
-		return 0, m.checkReach(off, n) // look again
+	if m.limit(shard) != size {
+		return 0, m.checkReach(off, n, shard) // look again
 	}
 	if err := m.limitDirty(); err != nil {
 		return 0, err
@@ -149,15 +149,13 @@ func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
 	if s.kind == kindZero || s.kind == kindUnallocated && !m.showsBacking(off) {
 		return s.length, nil
 	}
-	return s.length, m.writeZeros(off, s.length)
+	return s.length, m.writeZeros(off, s.length, shard)
 }
 
-// writeZeros writes zeros to [off, off+n), a part of one cluster within reach.
-func (m *Image) writeZeros(off, n int64) error {
-	r := newRequest(zeroBuffers(n))
-	err := m.writeAll(r, off, n)
-	r.release()
-	return err
+// writeZeros writes zeros to [off, off+n), a part of one cluster within reach of
+// the shard.
+func (m *Image) writeZeros(off, n int64, shard int) error {
+	return m.writeAll(&requestState{iov: zeroBuffers(n), shard: shard}, off, n)
 }
 
 // eraseEntries makes the beginning of [off, end) zero, which is of whole

@@ -21,8 +21,8 @@ type Image struct {
 	raw      bool   // data has to read like the disk by itself
 	readOnly bool
 	size     atomic.Int64 // of the disk, in bytes; changed by exclusively only
-	// reach is how far the engine itself may read and write: to size, and
-	// beyond while a Resize prepares what it adds. Only Resize changes it.
+	// reach is how far a Resize itself may read and write: to size, and beyond
+	// while it prepares what it adds. Only Resize changes it.
 	reach    atomic.Int64
 	backing  backing
 	zlib     bool   // compression type
@@ -195,7 +195,17 @@ func (m *Image) checkRange(off, n int64) error { return m.checkInside(off, n, m.
 
 // checkReach is checkRange for the pieces of a request, whose range was inside
 // the disk when it began, and for what Resize does beyond its end.
-func (m *Image) checkReach(off, n int64) error { return m.checkInside(off, n, m.reach.Load()) }
+func (m *Image) checkReach(off, n int64, shard int) error {
+	return m.checkInside(off, n, m.limit(shard))
+}
+
+// limit is how far a request of the shard may reach.
+func (m *Image) limit(shard int) int64 {
+	if shard == growShard {
+		return m.reach.Load()
+	}
+	return m.Size()
+}
 
 func (m *Image) checkInside(off, n, size int64) error {
 	if off < 0 || n < 0 || off > size || n > size-off {

@@ -79,7 +79,7 @@ func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
 		return span{}, err
 	}
 	defer m.mu.RUnlock()
-	if err := m.checkReach(off, n); err != nil {
+	if err := m.checkReach(off, n, shard); err != nil {
 		return span{}, err
 	}
 	var cur cursor

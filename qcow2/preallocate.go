@@ -59,16 +59,16 @@ func (p Preallocation) prepare(f file, off, n int64) error {
 // zero, their places, and returns how many bytes that was: zero if only something
 // in the way was removed. off is the beginning of a cluster.
 func (m *Image) preallocate(off, n int64, mode Preallocation) (int64, error) {
-	s, err := m.lookup(off, n, 0)
+	s, err := m.lookup(off, n, growShard)
 	if err != nil {
 		return 0, err
 	}
 	s.pin.leave()
 	if s.kind == kindNormal {
-		// A write that began before the disk became shorter has been late.
+		// It has its place already.
 		return min(n, m.clusterSize), nil
 	}
-	p, err := m.hold(0)
+	p, err := m.hold(growShard)
 	if err != nil {
 		return 0, err
 	}

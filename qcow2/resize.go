@@ -38,13 +38,21 @@ type ResizeOptions struct {
 func (m *Image) Resize(ctx context.Context, size int64, opts ResizeOptions) error {
 	m.resizing.Lock()
 	defer m.resizing.Unlock()
-	if err := m.checkResize(size, opts); err != nil {
+	err := m.checkResize(size, opts)
+	if err == nil {
+		err = cancelled(ctx)
+	}
+	if err != nil {
 		return inFile(m.path, err)
 	}
 	if size < m.Size() || opts.Shrink && size == m.Size() {
 		return m.explain(m.shrink(ctx, size))
 	}
-	return m.explain(m.grow(ctx, size, opts.Preallocation))
+	mode := opts.Preallocation
+	if m.raw {
+		mode = max(mode, PreallocateMetadata)
+	}
+	return m.explain(m.grow(ctx, size, mode))
 }
 
 // checkResize refuses a Resize for what can be known of it in memory.
@@ -171,9 +179,9 @@ func (m *Image) prepareGrowth(ctx context.Context, old, size int64, mode Preallo
 	whole := min(m.offset(m.clusters(uint64(old))), size) //nolint:gosec // G115: not negative
 	var err error
 	if mode == PreallocateOff {
-		err = m.eraseAll(old, whole-old, roomGiven)
+		err = m.eraseAll(old, whole-old, roomGiven, growShard)
 	} else {
-		err = m.writeZeros(old, whole-old)
+		err = m.writeZeros(old, whole-old, growShard)
 	}
 	if err != nil {
 		return err
@@ -183,7 +191,7 @@ func (m *Image) prepareGrowth(ctx context.Context, old, size int64, mode Preallo
 		if err := cancelled(ctx); err != nil {
 			return err
 		}
-		if err := m.eraseAll(off, min(piece, size-off), roomGiven); err != nil {
+		if err := m.eraseAll(off, min(piece, size-off), roomGiven, growShard); err != nil {
 			return err
 		}
 	}

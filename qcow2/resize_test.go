@@ -2,11 +2,13 @@ package qcow2
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -19,37 +21,51 @@ func TestResizeLikeQEMU(t *testing.T) {
 		options string
 		base    int64 // length of the backing file; 0: none
 		sizes   []int64
+		garbage bool // the data file is longer than the disk
 	}{
-		{"compat=1.1", 0, []int64{1 << 20, 3<<20 + 512, 70 << 20, 2<<20 + 512, 0, 5 << 20}},
-		{"compat=0.10,cluster_size=4k", 0, []int64{1<<20 + 512, 9 << 20, 1 << 20}},
-		{"compat=1.1,cluster_size=512", 0, []int64{1<<20 + 512, 20 << 20, 512, 12 << 20, 1 << 20}},
-		{"compat=1.1,cluster_size=512,refcount_bits=64", 0, []int64{300 << 10, 8 << 20, 100 << 10, 30 << 20, 0}},
-		{"compat=1.1,cluster_size=1k,refcount_bits=1,lazy_refcounts=on", 0, []int64{1 << 20, 40 << 20, 200 << 10}},
-		{"compat=1.1,cluster_size=2M", 0, []int64{5<<20 + 512, 30 << 20, 3 << 20}},
-		{"compat=1.1,cluster_size=4k", 512 << 10, []int64{1 << 20, 4 << 20, 300 << 10, 2 << 20}},
-		{"compat=1.1,cluster_size=4k", 3<<20 + 512, []int64{1<<20 + 512, 2 << 20, 8 << 20, 1 << 20, 6 << 20}},
-		{"compat=1.1,cluster_size=512", 3 << 20, []int64{1<<20 + 512, 8 << 20, 100 << 10, 2 << 20}},
-		{"compat=0.10", 3 << 20, []int64{1<<20 + 512, 4 << 20, 512 << 10, 2 << 20}},
+		{"compat=1.1", 0, []int64{1 << 20, 3<<20 + 512, 70 << 20, 2<<20 + 512, 0, 5 << 20}, false},
+		{"compat=0.10,cluster_size=4k", 0, []int64{1<<20 + 512, 9 << 20, 1 << 20}, false},
+		{"compat=1.1,cluster_size=512", 0, []int64{1<<20 + 512, 20 << 20, 512, 12 << 20, 1 << 20}, false},
+		{"compat=1.1,cluster_size=512,refcount_bits=64", 0, []int64{300 << 10, 8 << 20, 100 << 10, 30 << 20, 0}, false},
+		{"compat=1.1,cluster_size=1k,refcount_bits=1,lazy_refcounts=on", 0, []int64{1 << 20, 40 << 20, 200 << 10}, false},
+		{"compat=1.1,cluster_size=2M", 0, []int64{5<<20 + 512, 30 << 20, 3 << 20}, false},
+		{"compat=1.1,cluster_size=4k", 512 << 10, []int64{1 << 20, 4 << 20, 300 << 10, 2 << 20}, false},
+		{"compat=1.1,cluster_size=4k", 3<<20 + 512, []int64{1<<20 + 512, 2 << 20, 8 << 20, 1 << 20, 6 << 20}, false},
+		{"compat=1.1,cluster_size=512", 3 << 20, []int64{1<<20 + 512, 8 << 20, 100 << 10, 2 << 20}, false},
+		{"compat=0.10", 3 << 20, []int64{1<<20 + 512, 4 << 20, 512 << 10, 2 << 20}, false},
+		{"extended_l2=on,cluster_size=16k", 0, []int64{1<<20 + 512, 40 << 20, 512 << 10, 3 << 20}, false},
+		{"extended_l2=on,cluster_size=64k", 3<<20 + 512, []int64{1<<20 + 512, 8 << 20, 1<<20 + 1024, 4 << 20}, false},
+		{"data_file=DATA", 0, []int64{1<<20 + 512, 5 << 20, 512 << 10, 3 << 20}, false},
+		{"data_file=DATA,cluster_size=4k", 3 << 20, []int64{1<<20 + 512, 5 << 20, 512 << 10, 2 << 20}, false},
+		{"data_file=DATA,data_file_raw=on,cluster_size=512", 0, []int64{1<<20 + 512, 5 << 20, 512 << 10, 3 << 20}, false},
+		{"data_file=DATA,data_file_raw=on,extended_l2=on", 0, []int64{1<<20 + 512, 5 << 20, 512 << 10, 3 << 20}, true},
 	} {
 		t.Run(strings.ReplaceAll(c.options, ",", " ")+fmt.Sprint(c.base), func(t *testing.T) {
 			r := newSeed(t)
 			dir := t.TempDir()
 			path := filepath.Join(dir, "disk.qcow2")
-			args := []string{"create", "-q", "-f", "qcow2", "-o", c.options}
+			data := filepath.Join(dir, "DATA")
+			args := []string{"create", "-q", "-f", "qcow2", "-o", strings.ReplaceAll(c.options, "DATA", data)}
 			model := make([]byte, c.sizes[0])
 			if c.base > 0 {
 				copy(model, makeBase(t, r, dir, "raw", c.base))
 				args = append(args, "-F", "raw", "-b", "base.raw")
 			}
 			qemu(t, "qemu-img", append(args, path, fmt.Sprint(c.sizes[0]))...)
+			if brief() {
+				c.sizes = c.sizes[:3]
+			}
 			for i, size := range c.sizes[1:] {
 				if len(model) > 10<<9 {
 					qemuWrite(t, r, path, model, 10)
 				}
-				if i%3 == 1 {
+				if c.garbage {
+					appendGarbage(t, data)
+				}
+				if i%3 == 1 && !c.garbage {
 					qemuResize(t, path, size, size < int64(len(model)))
 				} else {
-					m := open(t, path, Options{})
+					m := open(t, path, Options{DataFile: true})
 					must(t, m.Resize(t.Context(), size, ResizeOptions{Shrink: size < int64(len(model))}))
 					if m.Size() != size {
 						t.Errorf("size %d, want %d", m.Size(), size)
@@ -59,6 +75,11 @@ func TestResizeLikeQEMU(t *testing.T) {
 				model = resized(model, size)
 				checkClean(t, path)
 				compare(t, dir, path, model)
+				if strings.Contains(c.options, "data_file_raw") {
+					if b, err := os.ReadFile(data); err != nil || !bytes.Equal(b, model) {
+						t.Errorf("the raw data file differs from the disk (%v)", err)
+					}
+				}
 				if size > 10<<9 {
 					ourWrite(t, r, path, model, 30)
 				}
@@ -67,6 +88,13 @@ func TestResizeLikeQEMU(t *testing.T) {
 			compare(t, dir, path, model)
 		})
 	}
+}
+
+func appendGarbage(t testing.TB, path string) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	must(t, err)
+	writeFile(t, path, append(b, bytes.Repeat([]byte{0xdb}, 100000)...))
 }
 
 func qemuResize(t testing.TB, path string, size int64, shrink bool) {
@@ -211,5 +239,203 @@ func TestResizeRefused(t *testing.T) {
 	closeImage(t, m)
 	if err := m.Resize(t.Context(), 2*size, ResizeOptions{}); !errors.Is(err, ErrClosed) {
 		t.Errorf("closed: %v", err)
+	}
+}
+
+// TestResizeFailed lets growing fail when half is done: the disk has its old
+// length, all that was taken is given back, and a later Resize succeeds.
+func TestResizeFailed(t *testing.T) {
+	for _, mode := range []Preallocation{PreallocateOff, PreallocateMetadata, PreallocateFalloc, PreallocateFull} {
+		const old, size = 100 << 10, 600 << 10
+		half := 1 << 30
+		for range 2 {
+			run := newRun(t, workload{opts: CreateOptions{Size: old, ClusterSize: 512}, under: 300 << 10})
+			m := run.open(t, run.f, false)
+			must(t, m.WritevAt([][]byte{stamps(0, 150, 2)}, 0))
+			must(t, m.Flush())
+			before, changes := allocatedIn(t, run), 0
+			run.f.fail = func(op string) error {
+				if op == "write" || op == "allocate" {
+					changes++
+				}
+				if changes == half {
+					return syscall.ENOSPC
+				}
+				return nil
+			}
+			err := m.Resize(t.Context(), size, ResizeOptions{Preallocation: mode})
+			run.f.fail = nil
+			if half == 1<<30 {
+				must(t, err)
+				half = changes / 2
+				closeImage(t, m)
+				continue
+			}
+			if !errors.Is(err, syscall.ENOSPC) || m.Size() != old {
+				t.Errorf("%v: size %d, %v", mode, m.Size(), err)
+			}
+			if after := allocatedIn(t, run); after != before {
+				t.Errorf("%v: %d clusters allocated, before %d", mode, after, before)
+			}
+			must(t, m.Resize(t.Context(), size, ResizeOptions{Preallocation: mode}))
+			closeImage(t, m)
+			run.noLeaks(t)
+		}
+	}
+}
+
+// allocatedIn is how many clusters the tables of the run's image point to, beyond
+// the end of its disk too.
+func allocatedIn(t testing.TB, run *crashRun) int64 {
+	t.Helper()
+	r, err := checkIn(t.Context(), run.f, run.path, CheckOptions{})
+	must(t, err)
+	if r.Corruptions > 0 {
+		t.Errorf("%+v", r.Findings)
+	}
+	return r.Allocated
+}
+
+// TestResizeAgain cancels a shrinking in the middle. The disk has its new length,
+// and the same once more gives all room back.
+func TestResizeAgain(t *testing.T) {
+	run := newRun(t, workload{opts: CreateOptions{Size: 2 << 20, ClusterSize: 512}})
+	m := run.open(t, run.f, false)
+	model := stamps(0, 4096, 2)
+	must(t, m.WritevAt([][]byte{model}, 0))
+	must(t, m.Flush())
+	ctx, cancel := context.WithCancel(t.Context())
+	run.f.fail = func(string) error { cancel(); return nil }
+	if err := m.Resize(ctx, 1000<<10, ResizeOptions{Shrink: true}); !errors.Is(err, context.Canceled) || m.Size() != 1000<<10 {
+		t.Errorf("size %d, %v", m.Size(), err)
+	}
+	run.f.fail = nil
+	if n := len(run.f.data); n < 2<<20 {
+		t.Errorf("the file was cut off at %d bytes nevertheless", n)
+	}
+	must(t, m.Resize(t.Context(), 1000<<10, ResizeOptions{Shrink: true}))
+	if n := len(run.f.data); n > 1100<<10 {
+		t.Errorf("the file still has %d bytes", n)
+	}
+	got := make([]byte, m.Size())
+	if _, err := m.ReadAt(got, 0); err != nil || !bytes.Equal(got, model[:len(got)]) {
+		t.Errorf("the rest of the disk differs (%v)", err)
+	}
+	closeImage(t, m)
+	run.noLeaks(t)
+}
+
+// TestResizeCancelled shows that a Resize which is cancelled from the beginning
+// changes nothing, and that one which grows ends soon.
+func TestResizeCancelled(t *testing.T) {
+	run := newRun(t, workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 512}})
+	m := run.open(t, run.f, false)
+	ctx, cancel := context.WithCancel(t.Context())
+	run.f.fail = func(op string) error {
+		if op == "allocate" {
+			cancel()
+		}
+		return nil
+	}
+	if err := m.Resize(ctx, 4<<20, ResizeOptions{Preallocation: PreallocateFalloc}); !errors.Is(err, context.Canceled) || m.Size() != 1<<20 {
+		t.Errorf("grow: size %d, %v", m.Size(), err)
+	}
+	if n := allocatedIn(t, run); n != 0 {
+		t.Errorf("grow: %d clusters are left", n)
+	}
+	before := len(run.f.log)
+	if err := m.Resize(ctx, 1<<10, ResizeOptions{Shrink: true}); !errors.Is(err, context.Canceled) || m.Size() != 1<<20 || len(run.f.log) != before {
+		t.Errorf("shrink: size %d, %v", m.Size(), err)
+	}
+	closeImage(t, m)
+	run.noLeaks(t)
+}
+
+// TestResizeKeepsRequestsOut shows that a request which began before the disk
+// shrank does not see what a growing one is preparing.
+func TestResizeKeepsRequestsOut(t *testing.T) {
+	m := open(t, create(t, CreateOptions{Size: 1 << 20}), Options{})
+	m.reach.Store(2 << 20)
+	for name, err := range map[string]error{
+		"read":    func() error { _, err := m.find(1<<20, 512, 0); return err }(),
+		"write":   m.writeAll(newRequest([][]byte{make([]byte, 512)}), 1<<20, 512),
+		"discard": m.eraseAll(1<<20, 1<<16, roomKept, 0),
+	} {
+		if !errors.Is(err, ErrRange) && (name != "discard" || err != nil) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := m.writeZeros(1<<20, 512, growShard); err != nil {
+		t.Errorf("the Resize itself: %v", err)
+	}
+	closeImage(t, m)
+}
+
+// TestResizeFootprint grows, fills and shrinks a disk again and again in one
+// opening: the file never gets longer than the first time.
+func TestResizeFootprint(t *testing.T) {
+	run := newRun(t, workload{opts: CreateOptions{Size: 100 << 10, ClusterSize: 512}})
+	m := run.open(t, run.f, false)
+	first := 0
+	for i := range 6 {
+		must(t, m.Resize(t.Context(), 900<<10, ResizeOptions{}))
+		must(t, m.WritevAt([][]byte{stamps(0, 1800, uint64(i+2))}, 0))
+		must(t, m.Flush())
+		if i == 0 {
+			first = len(run.f.data)
+		}
+		if n := len(run.f.data); n > first+first/20 {
+			t.Errorf("time %d: the file has %d bytes, at first %d", i, n, first)
+		}
+		must(t, m.Resize(t.Context(), 100<<10, ResizeOptions{Shrink: true}))
+		if n := len(run.f.data); n > 200<<10 {
+			t.Errorf("time %d: after shrinking the file has %d bytes", i, n)
+		}
+	}
+	closeImage(t, m)
+	run.noLeaks(t)
+}
+
+// TestResizeToLimits grows disks as far as the L1 table goes, which then is more
+// than fits between two refcount blocks, and writes to their ends.
+func TestResizeToLimits(t *testing.T) {
+	for _, c := range []struct {
+		opts CreateOptions
+		size int64
+		file int64 // the greatest length of the file
+	}{
+		{CreateOptions{ClusterSize: 512, RefcountBits: 64}, 1 << 37, 64 << 20},
+		{CreateOptions{ClusterSize: 4096}, 1 << 43, 5 << 30},
+		{CreateOptions{ExtendedL2: true}, 1 << 50, 100 << 20},
+	} {
+		if brief() && c.opts.RefcountBits == 0 {
+			continue
+		}
+		c.opts.Size = 1 << 20
+		path := create(t, c.opts)
+		m := open(t, path, Options{})
+		must(t, m.WritevAt([][]byte{stamps(0, 2048, 2)}, 0))
+		must(t, m.Resize(t.Context(), c.size, ResizeOptions{}))
+		must(t, m.WritevAt([][]byte{stamps(1, 1, 3)}, c.size-sector))
+		closeImage(t, m)
+		checkClean(t, path)
+		if n := fileSize(t, path); n > c.file {
+			t.Errorf("%+v: the file has %d bytes", c.opts, n)
+		}
+		m = open(t, path, Options{})
+		got := make([]byte, sector)
+		if err := m.ReadvAt([][]byte{got}, c.size-sector); err != nil || !bytes.Equal(got, stamps(1, 1, 3)) {
+			t.Errorf("%+v: the end differs (%v)", c.opts, err)
+		}
+		if err := m.Resize(t.Context(), c.size+512, ResizeOptions{}); !errors.Is(err, ErrUnsupported) || m.Size() != c.size {
+			t.Errorf("%+v: beyond the limit: %v", c.opts, err)
+		}
+		must(t, m.Resize(t.Context(), 1<<20, ResizeOptions{Shrink: true}))
+		got = make([]byte, 1<<20)
+		if err := m.ReadvAt([][]byte{got}, 0); err != nil || !bytes.Equal(got, stamps(0, 2048, 2)) {
+			t.Errorf("%+v: the beginning differs (%v)", c.opts, err)
+		}
+		closeImage(t, m)
+		checkClean(t, path)
 	}
 }

@@ -33,7 +33,7 @@ func (m *Image) write(r *requestState, off, n int64) error {
 	return m.writeAll(r, off, n)
 }
 
-// writeAll is write to a range within reach.
+// writeAll is write to a range within reach of the request.
 func (m *Image) writeAll(r *requestState, off, n int64) error {
 	for n > 0 {
 		if err := m.usable(); err != nil {
@@ -89,7 +89,7 @@ func (m *Image) writeNew(r *requestState, off, n int64) (int64, error) {
 		return 0, err
 	}
 	defer p.leave()
-	if err := m.checkReach(off, n); err != nil {
+	if err := m.checkReach(off, n, r.shard); err != nil {
 		return 0, err // the disk shrank
 	}
 	if err := m.limitDirty(); err != nil {
