@@ -199,7 +199,7 @@ func (m *Image) claimBitmap(off, entries uint64) error {
 	}
 	const most = 1 << 16 // entries read at a time
 	for ; entries > 0; off, entries = off+most*8, entries-min(most, entries) {
-		table, err := m.loadTable(off, int64(min(most, entries))*8) //nolint:gosec // G115: at most 512 KiB
+		table, err := m.loadTable(off, int64(min(most, entries))*8)
 		if err != nil {
 			return err
 		}

@@ -342,7 +342,7 @@ func TestFaultyBitmaps(t *testing.T) {
 			t.Errorf("%s failed: %v", op, err)
 		}
 		_, err = m.WriteAt([]byte("x"), 0)
-		if want := error(ErrFlushFailed); op == "sync" && !errors.Is(err, want) || op != "sync" && err != nil {
+		if op == "sync" && !errors.Is(err, ErrFlushFailed) || op != "sync" && err != nil {
 			t.Errorf("%s failed before: %v", op, err)
 		}
 		_ = m.Close()

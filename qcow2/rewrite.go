@@ -114,9 +114,10 @@ func (w *rewrite) reserveAll() (err error) {
 			w.tableRun, err = w.reserve(run) // the one before is too short by now
 		} else if need := l2 + entriesIn(m.refs.table); have < need {
 			var e extent
-			e, err = w.takeFree(1, func(p *pool) extent { return p.take(need - have) })
-			w.room = append(w.room, e)
-			have += e.n
+			if e, err = w.takeFree(1, func(p *pool) extent { return p.take(need - have) }); err == nil {
+				w.room = append(w.room, e)
+				have += e.n
+			}
 		} else {
 			return nil
 		}
@@ -309,11 +310,11 @@ func (w *rewrite) giveBack(kept []extent) {
 			m.meta.remove(e)
 		}
 	}
-	for _, e := range w.room {
-		m.pool.put(e)
+	for _, e := range slices.Backward(w.room) {
+		m.pool.untake(e)
 	}
 	for _, e := range w.runs {
-		if !slices.Contains(kept, e) {
+		if e.n > 0 && !slices.Contains(kept, e) {
 			m.pool.recycle(e)
 		}
 	}

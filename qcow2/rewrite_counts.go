@@ -121,7 +121,7 @@ func (w *rewrite) eachEntry(off int64, visit func(e *uint64, first, n uint64) er
 		return err
 	}
 	any := false
-	for i := 0; i < len(table); i += len(table) >> m.l2Bits { // one or two words for each
+	for i := 0; i < len(table); i += 1 << m.wordBits {
 		e := table[i]
 		first, n, err := m.references(e)
 		if err == nil && n > 0 {

@@ -185,7 +185,7 @@ func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *ta
 		if err != nil {
 			return err
 		}
-		if m.data != m.file {
+		if m.external {
 			return &Error{Kind: ErrUnsupported, What: "an image with an external data file has no internal snapshots"}
 		}
 		to := &tables{size: h.size, l1: m.l1}

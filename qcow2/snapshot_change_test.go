@@ -115,9 +115,9 @@ func verifySaved(t *testing.T, path string, s saved) {
 // TestSnapshots writes, and makes, applies and deletes snapshots, by turns with us
 // and with QEMU, and lets both compare all that the image has after each turn.
 func TestSnapshots(t *testing.T) {
-	turns := 16
+	turns := 10
 	if brief() {
-		turns = 6
+		turns = 4
 	}
 	for _, c := range []struct {
 		options string
@@ -128,6 +128,7 @@ func TestSnapshots(t *testing.T) {
 		{options: "cluster_size=4k,refcount_bits=64", start: "base", resize: true},
 		{options: "cluster_size=64k,refcount_bits=8", start: "packed"},
 		{options: "compat=0.10,cluster_size=4k", start: "base"},
+		{options: "extended_l2=on,cluster_size=16k", start: "base", resize: true},
 	} {
 		t.Run(c.options, func(t *testing.T) {
 			r := newSeed(t)
@@ -418,12 +419,13 @@ var snapshotImages = []CreateOptions{
 	{Size: 128 << 10, ClusterSize: 4096},
 	{Size: 96 << 10, ClusterSize: 512, RefcountBits: 64},
 	{Size: 96 << 10, ClusterSize: 512, RefcountBits: 4},
+	{Size: 512 << 10, ClusterSize: 16 << 10, ExtendedL2: true},
 }
 
 // TestCrashSnapshots cuts the power while snapshots are made, applied and deleted:
 // each change has happened wholly or not at all, and nothing else is lost.
 func TestCrashSnapshots(t *testing.T) {
-	n := 1500
+	n := 1000
 	if brief() {
 		n = 150
 	}
@@ -595,6 +597,9 @@ func TestCancelledSnapshot(t *testing.T) {
 			t.Errorf("only %d cancellations", cancelled)
 		}
 	}
+	if n := len(run.f.data); n > 2*len(b) {
+		t.Errorf("the file has grown to %d bytes: what was reserved is lost", n)
+	}
 	closeImage(t, m)
 	if err := savedIn(t, run.f.data, saved{b, map[string][]byte{"new": b}}, true); err != nil {
 		t.Error(err)
@@ -683,6 +688,41 @@ func TestSnapshotRefused(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestSnapshotRepeatsTable refuses to apply a snapshot whose L1 table points to one
+// L2 table twice, which no disk may.
+func TestSnapshotRepeatsTable(t *testing.T) {
+	path := create(t, CreateOptions{Size: 4 << 20, ClusterSize: 4096})
+	qemu(t, "qemu-io", "-f", "qcow2", "-c", "write 0 4k", path)
+	qemu(t, "qemu-img", "snapshot", "-c", "t", path)
+	qemu(t, "qemu-io", "-f", "qcow2", "-c", "write 0 4k", path)
+	b, err := os.ReadFile(path)
+	must(t, err)
+	l1 := int64(tableEntry(b, int64(tableEntry(b, offSnapshots+4))))
+	put(b, l1+8, 8, tableEntry(b, l1))
+	for c := range referenced(b) { // counted as often as it is used then
+		block := int64(tableEntry(b, int64(tableEntry(b, offRefTable))))
+		put(b, block+int64(c)*2, 2, referenced(b)[c])
+	}
+	m, err := openFile(&memFile{data: b}, path, Options{}, &chain{})
+	must(t, err)
+	defer closeImage(t, m)
+	if err := changeSnapshot(m, "-a", "t"); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "claimed by two") {
+		t.Error(err)
+	}
+}
+
+// TestSnapshotExternalData refuses a snapshot of an image with an external data
+// file.
+func TestSnapshotExternalData(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "disk.qcow2")
+	qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "data_file="+filepath.Join(dir, "data"), path, "1M")
+	m := open(t, path, Options{DataFile: true})
+	if err := changeSnapshot(m, "-c", "s"); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "external data file has no") {
+		t.Error(err)
 	}
 }
 
