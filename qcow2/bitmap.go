@@ -30,7 +30,7 @@ func (x *checker) checkBitmaps() error {
 	if err := x.refer(begin, bytes, 1, "directory of bitmaps"); err != nil {
 		return err
 	}
-	memory := int64(bytes) //nolint:gosec // G115: at most 64 MiB
+	memory := int64(bytes)
 	if err := x.used.spend(memory); err != nil {
 		return err
 	}

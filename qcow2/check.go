@@ -318,4 +318,3 @@ func (x *checker) checkOwners() error {
 	}
 	return nil
 }
-

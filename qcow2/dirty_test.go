@@ -117,3 +117,40 @@ func TestOpenDirtyFailures(t *testing.T) {
 		}
 	}
 }
+
+// TestOpenDirtyCommit is row 098: QEMU fails while it empties an image after it
+// has committed it to its backing file.
+func TestOpenDirtyCommit(t *testing.T) {
+	dir := t.TempDir()
+	base, path := filepath.Join(dir, "base.qcow2"), filepath.Join(dir, "top.qcow2")
+	qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", base, "1M")
+	qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, path)
+	qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 7 0 200k", path)
+	good := readFile(t, path)
+	want := append(bytes.Repeat([]byte{7}, 200<<10), make([]byte, 1<<20-200<<10)...)
+	for event, class := range map[string]int{
+		"l1_update":           exitClean,
+		"empty_image_prepare": exitLeaks,
+		"reftable_update":     exitCorrupt,
+		"refblock_alloc":      exitCorrupt,
+	} {
+		writeFile(t, path, good)
+		writeFile(t, filepath.Join(dir, "errors"), []byte("[inject-error]\nevent = \""+event+"\"\nerrno = \"5\"\nonce = \"on\"\n"))
+		command := exec.Command("qemu-img", "commit", "-q", "-f", "qcow2", "blkdebug:errors:top.qcow2")
+		command.Dir = dir
+		if out, err := command.CombinedOutput(); err == nil {
+			t.Fatalf("%s: the commit did not fail: %s", event, out)
+		}
+		if got := check(t, path); exitOf(got) != class || qemuClass(t, path) != class || readFile(t, path)[offIncompatible+7] != 1 {
+			t.Errorf("%s: the check finds %v, want class %d of a dirty image", event, got.Findings, class)
+		}
+		m := open(t, path, Options{})
+		got := make([]byte, m.Size())
+		if err := m.ReadvAt([][]byte{got}, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: other data (%v)", event, err)
+		}
+		must(t, m.WritevAt([][]byte{got}, 0))
+		closeImage(t, m)
+		qemu(t, "qemu-img", "check", "-q", path)
+	}
+}

@@ -79,6 +79,8 @@ func TestCheckGood(t *testing.T) {
 		{"compat=1.1,cluster_size=4k,refcount_bits=32", true, true, true, 4096},
 		{"compat=1.1,cluster_size=2k,refcount_bits=1", false, false, true, 2048},
 		{"compat=1.1,cluster_size=2M,compression_type=zstd", true, true, true, 2 << 20},
+		{"compat=1.1,extended_l2=on,cluster_size=16k", true, true, true, 16 << 10},
+		{"compat=1.1,extended_l2=on,refcount_bits=64,preallocation=metadata", false, true, false, 65536},
 		{"compat=1.1,preallocation=metadata", false, false, false, 65536},
 	} {
 		t.Run(c.options, func(t *testing.T) {
