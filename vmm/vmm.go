@@ -131,7 +131,7 @@ func (o Outcome) String() string {
 	return "unknown"
 }
 
-// ErrNoGuest: no guest runs that could be told. It may be about to restart.
+// ErrNoGuest says that no guest runs that could be told. It may be about to restart.
 var ErrNoGuest = errors.New("no guest is running")
 
 // Errors of New. Each is wrapped in a sentence that says what to do.
