@@ -19,9 +19,12 @@ import (
 //	036  names of unknown features           TestFeatureNames
 //	036  autoclear bits                      TestUnknownAutoclear
 //	060  copy-on-write in flight             TestCorruptionDuringCopy
+//	060  shrinking with a broken table       refused at open: "060 table entry 1 far"
+//	080  making snapshots of broken images   TestSnapshotRefused
 //	112, 138  counts of the header           for the check: nothing reads them
 //	114  unknown format of the backing file  TestBackingFormat
 //	214  compressed data beyond its sectors  TestCorruptCompressedSize
+//	220  compressed beside full counts       TestFullCounts
 //
 // This engine reads all first-level tables when it opens an image for writing, so
 // it refuses many of them there that QEMU would find at the first request, and
@@ -111,6 +114,7 @@ var corruptions = []corruption{
 	{name: "080 header length ff", patches: one(100, 4, 0xffffffff), opens: "header length"},
 	{name: "080 header length 7f", patches: one(100, 4, 0x7fffffff), opens: "header length"},
 	{name: "header length short", patches: one(100, 4, 96), opens: "header length"},
+	{name: "dirty", patches: one(72, 8, 1)},
 	{name: "corrupt", patches: one(72, 8, 2), writes: "qemu-img check -r all"},
 
 	// First-level tables.
@@ -151,6 +155,12 @@ var corruptions = []corruption{
 	{name: "zero flag in version 2", base: "version 2", patches: one(atL2, 8, 0x8000000000050001), read: "reserved bits", write: "reserved bits", discard: "reserved bits"},
 	{name: "compressed data in the header", patches: one(atL2, 8, 0x4000000000000100), read: "0x100", write: "0x100", discard: "0x100"},
 
+	// Extended L2 entries.
+	{name: "271 data and zero", base: "extended", patches: one(atL2+8, 8, 1<<32|1), read: "impossible subclusters", write: "impossible subclusters", discard: "impossible subclusters"},
+	{name: "271 data without a cluster", base: "extended", patches: one(atL2+5*16+8, 8, 1), read: "impossible subclusters", write: "impossible subclusters", discard: "impossible subclusters"},
+	{name: "271 entry unaligned", base: "extended", patches: one(atL2, 8, 0x8000000000050200), read: "0x50200", write: "0x50200", discard: "0x50200"},
+	{name: "271 compressed with bits", base: "extended", patches: one(atL2+4*16+8, 8, 1<<32|1)},
+
 	// Snapshots.
 	{name: "080 snapshot L1 unaligned", base: "snapshot", patches: one(atSnapshots, 8, 0x400200), writes: "not aligned"},
 	{name: "080 snapshot L1 size", base: "snapshot", patches: one(atSnapshots+8, 4, 0x10000000), writes: "too large"},
@@ -187,6 +197,7 @@ func corruptionBases(t *testing.T) map[string][]byte {
 	bases := map[string][]byte{}
 	for name, options := range map[string]string{
 		"data": "compat=1.1", "version 2": "compat=0.10", "small": "cluster_size=512", "snapshot": "compat=1.1",
+		"extended": "extended_l2=on",
 	} {
 		path := filepath.Join(t.TempDir(), "disk.qcow2")
 		size, n := "1M", "192k"
@@ -195,6 +206,9 @@ func corruptionBases(t *testing.T) map[string][]byte {
 		}
 		qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, size)
 		qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 1 0 "+n, path)
+		if name == "extended" {
+			qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -c -P 3 256k 64k", path)
+		}
 		if name == "snapshot" {
 			qemu(t, "qemu-img", "snapshot", "-c", "s", path)
 			qemu(t, "qemu-io", "-f", "qcow2", "-c", "write -P 2 0 64k", path)
@@ -357,6 +371,26 @@ func TestCorruptCompressedSize(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestFullCounts writes to an image that counts each of its clusters as often as it
+// can (220): compressed clusters find no room beside others, and do no harm.
+func TestFullCounts(t *testing.T) {
+	h := newHostileRun(t, corruptionBases(t)["small"], nil)
+	for _, p := range fullCounts() {
+		put(h.f.data, p.off, p.width, p.value)
+	}
+	must(t, h.open(Options{}))
+	want := bytes.Repeat([]byte{5}, 1024)
+	must(t, h.m.WriteCompressed(want[:512], 4096))
+	_, err := h.m.WriteAt(want[512:], 4096+512)
+	must(t, err)
+	must(t, h.m.Close())
+	must(t, h.open(Options{ReadOnly: true}))
+	got := make([]byte, 1024)
+	if _, err := h.m.ReadAt(got, 4096); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("the disk has other bytes (%v)", err)
 	}
 }
 

@@ -116,8 +116,7 @@ func (m *Image) dropTable(c, limit uint64) error {
 	for id := m.sliceID(c); id < m.sliceID(limit); id++ {
 		m.cache.lru.Remove(id)
 	}
-	m.freed = append(m.freed, m.cluster(off))
-	m.meta.remove(extent{start: m.cluster(off), n: 1})
+	m.retireTable(off)
 	m.l1[i] = 0
 	m.dirtyL1[i] = struct{}{}
 	return nil

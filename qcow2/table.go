@@ -76,10 +76,7 @@ func (m *Image) ownTable(i uint64) error {
 		return err
 	}
 	if old != 0 {
-		table := extent{start: m.cluster(old), n: 1}
-		m.freed = append(m.freed, table.start)
-		m.meta.remove(table)
-		m.meta.add(table, metaSharedL2) // until its count says otherwise; see recycle
+		m.retireTable(old)
 	}
 	m.meta.add(host, metaL2)
 	m.grown = appendExtent(m.grown, host)
@@ -87,6 +84,16 @@ func (m *Image) ownTable(i uint64) error {
 	m.l1[i] = m.pointer(host.start) | entryCopied
 	m.dirtyL1[i] = struct{}{}
 	return nil
+}
+
+// retireTable notes that the disk no longer uses the L2 table at off. A snapshot
+// may, so it stays known as a table until its count is zero; see recycle. mu is
+// held exclusively.
+func (m *Image) retireTable(off int64) {
+	table := extent{start: m.cluster(off), n: 1}
+	m.freed = append(m.freed, table.start)
+	m.meta.remove(table)
+	m.meta.add(table, metaSharedL2)
 }
 
 // reserveTable reserves the cluster for a new table at L1 entry i. It returns
