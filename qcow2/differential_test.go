@@ -221,7 +221,7 @@ func (d *diff) run() {
 	d.judge()
 	var kept []byte
 	if d.is(dimStart, "snapshot") {
-		qemu(d, "qemu-img", "snapshot", "-c", "s", d.path)
+		d.snapshot("-c", func(m *Image) error { _, err := m.CreateSnapshot(d.Context(), "s"); return err })
 		kept = slices.Clone(d.model)
 	}
 	for _, resize := range []func(){d.calfResize, d.qemuResize} {
@@ -233,7 +233,7 @@ func (d *diff) run() {
 	}
 	d.judge()
 	if kept != nil {
-		qemu(d, "qemu-img", "snapshot", "-a", "s", d.path)
+		d.snapshot("-a", func(m *Image) error { return m.ApplySnapshot(d.Context(), "s") })
 		d.model = kept
 		d.judge()
 		got := make([]byte, len(kept))
@@ -242,7 +242,22 @@ func (d *diff) run() {
 			d.Errorf("the snapshot differs (%v)", err)
 		}
 		closeImage(d, m)
+		d.snapshot("-d", func(m *Image) error { return m.DeleteSnapshot(d.Context(), "s") })
+		d.judge()
 	}
+}
+
+// snapshot lets either program do the same to the snapshot.
+func (d *diff) snapshot(option string, ours func(m *Image) error) {
+	if d.r.IntN(2) == 0 {
+		qemu(d, "qemu-img", "snapshot", option, "s", d.path)
+		return
+	}
+	m := open(d, d.path, Options{})
+	if err := ours(m); err != nil {
+		d.Fatal(err)
+	}
+	closeImage(d, m)
 }
 
 func (d *diff) qemuCreate(baseFormat string) {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/metrics"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -820,9 +821,8 @@ func TestRegressionCVE20244467(t *testing.T) {
 	}
 }
 
-// TestRegressionCVE20155163 (and CVE-2024-32498): an image that somebody else made
-// named a file of the host, as its backing file or by a "json:" name, and got its
-// contents. Here it lies in the image's directory or is refused.
+// TestRegressionCVE20155163 : an image that somebody else made named a file of the
+// host, as its backing file or by a "json:" name, and got its contents. Here it lies in the image's directory or is refused.
 func TestRegressionCVE20155163(t *testing.T) {
 	secret := filepath.Join(t.TempDir(), "secret")
 	writeFile(t, secret, []byte("secret"))
@@ -869,4 +869,72 @@ func TestRegressionQEMUConcurrentEvictions(t *testing.T) {
 	}
 	wg.Wait()
 	sound(t, m, run.f)
+}
+
+// TestRegressionCHResizeNoRoom: the counts of a disk that grew while in use found no
+// room once the file was as long as the old disk, until it was opened anew. Here
+// the table of counts grows when it is full, whatever size the disk had.
+func TestRegressionCHResizeNoRoom(t *testing.T) {
+	run, m := inMemory(t, CreateOptions{Size: 64 << 10, ClusterSize: 512, RefcountBits: 64}, nil)
+	want := make([]byte, 8<<20)
+	fillRandom(newSeed(t), want)
+	write(t, m, 0, want[:64<<10])
+	for size := 128 << 10; size <= len(want); size *= 2 {
+		must(t, m.Resize(t.Context(), int64(size), ResizeOptions{}))
+		write(t, m, int64(size/2), want[size/2:size])
+	}
+	must(t, m.Flush())
+	has(t, afterKill(t, run, run.f), 0, want)
+	sound(t, m, run.f)
+}
+
+// TestRegressionCH8558: a resize wrote the header anew without the compression type,
+// and without the extensions, among them the format of the backing file. Here
+// fields are changed one by one, and what is not understood stays.
+func TestRegressionCH8558(t *testing.T) {
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "base"), all(1, 8192))
+	path := filepath.Join(dir, "disk.qcow2")
+	must(t, Create(path, CreateOptions{Size: 8192, ClusterSize: 4096, CompressionType: "zstd", BackingFile: "base", BackingFormat: "raw"}))
+	b, err := os.ReadFile(path)
+	must(t, err)
+	unknown := appendExtension(nil, 0x12345678, []byte("keep me"))
+	copy(b[headerLengthOur:], append(unknown, b[headerLengthOur:4096-len(unknown)]...))
+	put(b, 8, 8, binary.BigEndian.Uint64(b[8:])+uint64(len(unknown)))
+	writeFile(t, path, b)
+	m := open(t, path, Options{})
+	must(t, m.WriteCompressed(append(all(2, 2048), all(3, 2048)...), 0))
+	must(t, m.Resize(t.Context(), 64<<20, ResizeOptions{}))
+	_, err = m.CreateSnapshot(t.Context(), "s")
+	must(t, err)
+	must(t, m.Resize(t.Context(), 8192, ResizeOptions{Shrink: true}))
+	closeImage(t, m)
+	after, err := os.ReadFile(path)
+	must(t, err)
+	if !bytes.Equal(after[headerLengthV3:4096], b[headerLengthV3:4096]) {
+		t.Error("the header changed beyond its fields")
+	}
+	m = open(t, path, Options{})
+	has(t, m, 0, append(all(2, 2048), all(3, 2048)...))
+	has(t, m, 4096, all(1, 4096))
+}
+
+// TestRegressionCVE202432498: an image named a file of the host as its data file,
+// and who converted it got that. Here a data file is opened on demand only, and
+// only where a backing file may lie.
+func TestRegressionCVE202432498(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "disk.qcow2")
+	secret := filepath.Join(t.TempDir(), "secret")
+	must(t, Create(path, CreateOptions{Size: 1 << 20, DataFile: secret}))
+	if _, err := Open(path, Options{}); err == nil || !strings.Contains(err.Error(), "data file") {
+		t.Errorf("not allowed: %v", err)
+	}
+	if _, err := Open(path, Options{DataFile: true}); !errors.Is(err, ErrBackingRefused) {
+		t.Errorf("outside of the directory: %v", err)
+	}
+	must(t, os.Remove(secret))
+	if v := check(t, path); !v.Clean() { // it needs the image alone
+		t.Errorf("%+v", v)
+	}
 }
