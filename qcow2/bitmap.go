@@ -1,6 +1,6 @@
 package qcow2
 
-import "encoding/binary"
+import "errors"
 
 // Limits of persistent bitmaps.
 const (
@@ -13,52 +13,36 @@ const (
 
 // checkBitmaps counts the references from the directory of bitmaps.
 func (x *checker) checkBitmaps() error {
-	if x.bitmaps == nil {
+	d, err := x.h.bitmapDirectory(x.bitmapsExt, x.fileSize)
+	if err != nil {
+		x.foundError(d.offset, err)
 		return nil
 	}
-	be := binary.BigEndian
-	if len(x.bitmaps) != 24 {
-		x.found(Corruption, 0, "the header extension for bitmaps has %d bytes instead of 24", len(x.bitmaps))
+	if d.n == 0 {
 		return nil
 	}
-	number, bytes, begin := be.Uint32(x.bitmaps), be.Uint64(x.bitmaps[8:]), be.Uint64(x.bitmaps[16:])
-	if number == 0 || number > maxBitmaps || bytes == 0 || bytes > maxBitmapDirectory ||
-		x.h.checkTable("directory", begin, bytes, x.fileSize) != nil {
-		x.found(Corruption, begin, "the directory of bitmaps, %d in %d bytes at %#x, is impossible", number, bytes, begin)
-		return nil
-	}
-	if err := x.refer(begin, bytes, 1, "directory of bitmaps"); err != nil {
+	if err := x.refer(d.offset, d.bytes, 1, "directory of bitmaps"); err != nil {
 		return err
 	}
-	memory := int64(bytes)
+	memory := 2 * int64(d.bytes) //nolint:gosec // G115: at most 64 MiB
 	if err := x.used.spend(memory); err != nil {
 		return err
 	}
-	defer func() { x.used.left += memory }()
-	dir := make([]byte, bytes)
-	if err := readFull(x.file, dir, int64(begin)); err != nil { //nolint:gosec // G115: checked
-		return err
+	rows, err := d.load(x.file)
+	if errors.Is(err, ErrCorrupt) {
+		x.foundError(d.offset, err)
+		err = nil
 	}
-	for i := range number {
-		if len(dir) < bitmapFixed {
-			x.found(Corruption, begin, "the directory of bitmaps ends before entry %d", i)
-			return nil
-		}
-		n := (bitmapFixed + uint64(be.Uint16(dir[18:])) + uint64(be.Uint32(dir[20:])) + 7) &^ 7
-		if n > uint64(len(dir)) {
-			x.found(Corruption, begin, "entry %d of the directory of bitmaps is too long", i)
-			return nil
-		}
-		if err := x.checkBitmap(be.Uint64(dir), be.Uint32(dir[8:]), i); err != nil {
-			return err
-		}
-		dir = dir[n:]
+	for i := 0; i < len(rows) && err == nil; i++ {
+		off, entries := rows[i].table()
+		err = x.checkBitmap(off, entries, i)
 	}
-	return nil
+	x.used.left += memory
+	return err
 }
 
 // checkBitmap counts the references from the table at off of bitmap i.
-func (x *checker) checkBitmap(off uint64, entries, i uint32) error {
+func (x *checker) checkBitmap(off uint64, entries uint32, i int) error {
 	if entries > maxBitmapTable || entries > 0 && x.h.checkTable("table", off, uint64(entries)*8, x.fileSize) != nil {
 		x.found(Corruption, off, "the table of bitmap %d, %d entries at %#x, is impossible", i, entries, off)
 		return nil
@@ -66,6 +50,7 @@ func (x *checker) checkBitmap(off uint64, entries, i uint32) error {
 	if err := x.refer(off, uint64(entries)*8, 1, "table of a bitmap"); err != nil {
 		return err
 	}
+	x.bitmapEntries += int64(entries)
 	const most = 1 << 16 // entries read at a time
 	for done := uint32(0); done < entries; done += most {
 		if err := x.ctx.Err(); err != nil {

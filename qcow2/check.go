@@ -93,19 +93,20 @@ func checkIn(ctx context.Context, f file, path string, opts CheckOptions) (*Chec
 
 // checker is a check under way, of one goroutine.
 type checker struct {
-	*Image   // its geometry, tables, file and refcounts only
-	ctx      context.Context
-	h        *header
-	bitmaps  []byte // the header extension, nil if there is none
-	fileSize int64
-	result   CheckResult
-	used     tally
-	tables   map[uint64]tableUse // L2 tables by host cluster
-	refTable []uint64            // as in the file; refs.table is without the entries that lead to no block
-	chunks   []uint64            // chunks of clusters in use, ascending; see index
-	blocks   []uint64            // refcount blocks that exist, by index, ascending; see index
-	outside  []extent            // what broken pointers lead to, beyond the end of the file
-	next     int64               // where the cluster would be that follows the last of a table
+	*Image        // its geometry, tables, file and refcounts only
+	ctx           context.Context
+	h             *header
+	fileSize      int64
+	result        CheckResult
+	used          tally
+	tables        map[uint64]tableUse // L2 tables by host cluster
+	refTable      []uint64            // as in the file; refs.table is without the entries that lead to no block
+	chunks        []uint64            // chunks of clusters in use, ascending; see index
+	blocks        []uint64            // refcount blocks that exist, by index, ascending; see index
+	bitmapsExt    []byte              // the header extension, nil if there is none
+	bitmapEntries int64               // of all bitmaps' tables
+	outside       []extent            // what broken pointers lead to, beyond the end of the file
+	next          int64               // where the cluster would be that follows the last of a table
 
 	// What a repair can do about the findings:
 	mendable int64 // corruptions that one of its steps mends
@@ -129,7 +130,7 @@ type tableUse struct {
 
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
 	x := &checker{
-		Image: &Image{path: path, file: f, data: f, readOnly: true},
+		Image: &Image{path: path, file: f, data: f},
 		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes),
 	}
 	var err error
@@ -153,9 +154,7 @@ func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*c
 	if err := x.h.checkFeatures(ext.features); err != nil {
 		return nil, err
 	}
-	if x.h.autoclear>>autoclearBitmaps&1 != 0 { // otherwise they are void
-		x.bitmaps = ext.bitmaps
-	}
+	x.bitmapsExt = ext.bitmaps
 	x.geometry = newGeometry(x.h)
 	x.features = x.h.incompatible
 	x.size.Store(int64(x.h.size)) //nolint:gosec // G115: validated
@@ -294,13 +293,19 @@ func (x *checker) checkOwners() error {
 		return nil
 	}
 	const runCost = 32 // bytes of a run in the set, of which there are fewer than entries
-	if err := x.used.spend(runCost * int64(len(x.l1)+len(x.refTable)+len(x.tables))); err != nil {
+	if err := x.used.spend(runCost * (int64(len(x.l1)+len(x.refTable)+len(x.tables)) + min(x.bitmapEntries, maxBitmapEntries))); err != nil {
 		return err
 	}
 	err := x.claimTables(x.h, x.fileSize)
-	if errors.Is(err, ErrCorrupt) {
+	if err == nil {
+		err = x.loadBitmaps(x.h, x.bitmapsExt, x.fileSize)
+	}
+	switch {
+	case errors.Is(err, ErrCorrupt):
 		x.foundError(0, err)
 		return nil
+	case errors.Is(err, ErrUnsupported):
+		return nil // more bitmaps than Open takes
 	}
 	if err != nil || x.result.Corruptions > x.flags {
 		return err
