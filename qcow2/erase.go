@@ -63,7 +63,7 @@ func (m *Image) eraseAll(off, n int64, how room, shard int) error {
 // eraseSome makes the beginning of [off, off+n) zero and returns its length,
 // which may be zero if only something in the way was removed.
 func (m *Image) eraseSome(off, n int64, how room, shard int) (int64, error) {
-	if empty := m.emptyTable(off); empty > 0 {
+	if empty := m.emptyTable(off); empty > 0 && !m.raw {
 		return min(n, empty), nil
 	}
 	size := m.limit(shard)
@@ -146,7 +146,7 @@ func (m *Image) zeroPart(off, n int64, shard int) (int64, error) {
 		return 0, err
 	}
 	s.pin.leave()
-	if s.kind == kindZero || s.kind == kindUnallocated && !m.showsBacking(off) {
+	if !m.raw && (s.kind == kindZero || s.kind == kindUnallocated && !m.showsBacking(off)) {
 		return s.length, nil
 	}
 	return s.length, m.writeZeros(off, s.length, shard)

@@ -93,11 +93,18 @@ func (c *commits) stop() {
 	<-c.done
 }
 
-// limitDirty keeps the dirty slices, which cannot be evicted, few: it asks for a
-// commit in time and waits for one where they are too many.
+// freedBytes is how much room may have lost its references before a commit begins
+// to give it back. A few times that much waits for commits and requests to end.
+const freedBytes = 32 << 20
+
+// limitDirty keeps the dirty slices, which cannot be evicted, few, and the
+// clusters that only a commit makes free to use again: it asks for a commit in
+// time and waits for one where they are too many.
 func (m *Image) limitDirty() error {
+	most := max(freedBytes>>m.clusterBits, 16)
 	m.mu.RLock()
-	soon, now := m.cache.commitSoon(), m.cache.commitNow()
+	soon := m.cache.commitSoon() || len(m.freed) >= most
+	now := m.cache.commitNow() || len(m.freed) >= 2*most
 	m.mu.RUnlock()
 	if now {
 		return m.commits.run(m.commit)

@@ -43,7 +43,7 @@ func (m *Image) findFree(n uint64) error {
 }
 
 // checkFree is the last line of defence against an image whose counts lie: a
-// cluster that holds metadata is never handed out. mu is held exclusively.
+// cluster that holds metadata is never handed out. mu is held.
 func (m *Image) checkFree(e extent) error {
 	for c := e.start; c < e.start+e.n; c++ {
 		if k := m.meta.at(c); k != metaNone {
@@ -51,6 +51,13 @@ func (m *Image) checkFree(e extent) error {
 		}
 	}
 	return nil
+}
+
+// checkFree is Image.checkFree for a caller that holds mu, and not Image.mu.
+func (r *refcounts) checkFree(e extent) error {
+	r.img.mu.RLock()
+	defer r.img.mu.RUnlock()
+	return r.img.checkFree(e)
 }
 
 // search moves the cursor until it has found some free clusters. It returns those
@@ -165,6 +172,9 @@ func (r *refcounts) writeNewBlocks(start, blocks, used uint64, table []byte) err
 		setCount(b, r.img.refcountOrder, i, 1)
 	}
 	if err := r.img.file.WritevAt([][]byte{b, table}, r.img.offset(start)); err != nil {
+		// Any part of it may be there, so nothing there is known to be zero.
+		end := r.img.offset(start) + int64(len(b)+len(table))
+		r.virgin = max(r.virgin, r.img.cluster(end+r.img.clusterSize-1))
 		return err
 	}
 	return r.img.datasync()
@@ -194,6 +204,9 @@ func (r *refcounts) growTable(run uint64) (extent, error) {
 	}
 	area := extent{start: start, n: blocks + clusters}
 	taken := extent{start: start + area.n, n: run, virgin: true}
+	if err := r.checkFree(taken); err != nil {
+		return extent{}, err
+	}
 	if err := r.claim(area, metaRefBlock); err != nil {
 		return extent{}, err
 	}

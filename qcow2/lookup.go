@@ -177,7 +177,7 @@ func (m *Image) spanOf(e *entry, off, n int64) span {
 	for stop < 1<<m.subBits && e.kindOf(stop) == s.kind {
 		stop++
 	}
-	s.length = min(n, int64(stop)*m.grain()-in)
+	s.length = min(n, int64(stop)*m.grain()-in) //nolint:gosec // G115: at most 32
 	return s
 }
 

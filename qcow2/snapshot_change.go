@@ -194,7 +194,7 @@ func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *ta
 		}
 		return (&rewrite{m: m, ctx: ctx, to: to}).run()
 	})
-	return inFile(m.path, err)
+	return m.explain(err)
 }
 
 // keepSnapshots makes the snapshot table of to the image's, of which it has the

@@ -248,11 +248,11 @@ func (m *Image) frame(a *allocation, off, end int64) {
 		}
 		return
 	}
-	if a.first.kindOf(m.sub(off)) == kindNormal {
-		a.from = off
-	}
 	if a.last.kindOf(m.sub(end-1)) == kindNormal {
 		a.to = end
+	}
+	if m.external {
+		a.to = min(a.to, m.reach.Load()) // a raw data file ends with the disk
 	}
 }
 
