@@ -179,6 +179,41 @@ func ExampleOpenScratch() {
 	// kept kept
 }
 
+// A snapshot keeps what the disk is, to go back to, or to read beside it.
+func ExampleImage_CreateSnapshot() {
+	inTemp(func(path string) {
+		check(qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 30}))
+		disk, err := qcow2.Open(path, qcow2.Options{})
+		check(err)
+		ctx := context.Background()
+		_, err = disk.WriteAt([]byte("before"), 0)
+		check(err)
+		_, err = disk.CreateSnapshot(ctx, "update")
+		check(err)
+		_, err = disk.WriteAt([]byte("after!"), 0)
+		check(err)
+		_, err = disk.CreateSnapshot(ctx, "updated")
+		check(err)
+		check(disk.ApplySnapshot(ctx, "update"))
+
+		b := make([]byte, 6)
+		_, err = disk.ReadAt(b, 0)
+		check(err)
+		fmt.Printf("%s\n", b)
+		check(disk.Close())
+
+		saved, err := qcow2.Open(path, qcow2.Options{Snapshot: "updated"})
+		check(err)
+		_, err = saved.ReadAt(b, 0)
+		check(err)
+		fmt.Printf("%s\n", b)
+		check(saved.Close())
+	})
+	// Output:
+	// before
+	// after!
+}
+
 // A request through a view ends early once its context is done.
 func ExampleImage_WithContext() {
 	inTemp(func(path string) {

@@ -198,8 +198,9 @@ func snapshotsByUs(t *testing.T, r *rand.Rand, path string, s *saved, turn int, 
 // sectors in turn, so a snapshot has to have all of its writes up to one of those
 // that were under way, and none after it.
 func TestSnapshotIsOneInstant(t *testing.T) {
-	const workers, slots, rounds = 4, 32, 6
-	path := create(t, CreateOptions{Size: workers * slots * sector, ClusterSize: 4096})
+	const workers, slots, rounds = 4, 256, 8
+	// Each sector is a cluster, so most writes after a snapshot change tables.
+	path := create(t, CreateOptions{Size: workers * slots * sector, ClusterSize: sector})
 	m := open(t, path, Options{})
 	var begun, done [workers]atomic.Uint64
 	stop := make(chan struct{})
@@ -212,7 +213,7 @@ func TestSnapshotIsOneInstant(t *testing.T) {
 					return
 				default:
 				}
-				lba := seq%slots*workers + g // all share clusters
+				lba := seq%slots*workers + g // all share tables
 				begun[g].Store(seq)
 				if err := m.WritevAt([][]byte{stamps(lba, 1, seq)}, int64(lba*sector)); err != nil {
 					t.Error(err)
@@ -281,6 +282,18 @@ func TestWritesInPlaceAfterDelete(t *testing.T) {
 			t.Errorf("applied %v: a write of the whole disk took %d new clusters", apply, n)
 		}
 	}
+}
+
+// TestCompressedBesideSnapshot shows that a compressed cluster which nothing else
+// uses is not marked as owned once its snapshot is gone.
+func TestCompressedBesideSnapshot(t *testing.T) {
+	path := create(t, CreateOptions{Size: 1 << 20})
+	m := open(t, path, Options{})
+	must(t, m.WriteCompressed(bytes.Repeat([]byte{1}, 1<<16), 0))
+	must(t, changeSnapshot(m, "-c", "s"))
+	must(t, changeSnapshot(m, "-d", "s"))
+	closeImage(t, m)
+	verifySaved(t, path, saved{append(bytes.Repeat([]byte{1}, 1<<16), make([]byte, 15<<16)...), nil})
 }
 
 // TestManySnapshotsStaySmall shows that the tables which changes of snapshots
