@@ -352,6 +352,20 @@ func TestFaultyBitmaps(t *testing.T) {
 	}
 }
 
+// TestBitmapsMarkedOnce shows that only the first write waits for the marks.
+func TestBitmapsMarkedOnce(t *testing.T) {
+	m := open(t, withBitmaps(t, CreateOptions{Size: 1 << 20}), Options{})
+	var syncs []uint64
+	for range 3 {
+		_, err := m.WriteAt([]byte("x"), 128<<10) // in place
+		must(t, err)
+		syncs = append(syncs, m.Stats().Syncs)
+	}
+	if syncs[0] != 1 || syncs[2] != 1 {
+		t.Errorf("after each write there have been %d barriers", syncs)
+	}
+}
+
 // TestBitmapsForeign marks a bitmap with extra data and of a type that nobody
 // knows, and keeps all else of it.
 func TestBitmapsForeign(t *testing.T) {

@@ -72,10 +72,10 @@ func (w *rewrite) prepare() error {
 	for _, step := range []func() error{
 		w.reserveAll,
 		w.copyCounts,
-		func() error { return w.follow(w.to.more, 1) },
-		func() error { return w.follow(w.to.less, -1) },
+		func() error { return inactive(!w.to.saved, w.follow(w.to.more, 1)) },
+		func() error { return inactive(!w.to.other, w.follow(w.to.less, -1)) },
 		w.dropOld,
-		w.flagTables,
+		func() error { return inactive(w.to.other, w.flagTables()) },
 		w.write,
 	} {
 		if err := step(); err != nil {
@@ -83,6 +83,19 @@ func (w *rewrite) prepare() error {
 		}
 	}
 	return w.m.datasync()
+}
+
+// inactiveError is a fault in the tables of a snapshot, which are not the disk's.
+type inactiveError struct{ error }
+
+func (e inactiveError) Unwrap() error { return e.error }
+
+// inactive is err, as a fault in the tables of a snapshot if that is so.
+func inactive(so bool, err error) error {
+	if err == nil || !so {
+		return err
+	}
+	return inactiveError{err}
 }
 
 func (w *rewrite) cancelled() error {

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -194,6 +195,9 @@ func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *ta
 		}
 		return (&rewrite{m: m, ctx: ctx, to: to}).run()
 	})
+	if _, ok := errors.AsType[inactiveError](err); ok {
+		return inFile(m.path, err) // the disk is sound
+	}
 	return m.explain(err)
 }
 
