@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"os/exec"
 	"path/filepath"
@@ -116,7 +117,8 @@ func (p *patient) at(off uint64) uint64 { return (&inspector{b: p.b}).at(off) }
 
 // TestRepairCrash cuts the power at every point of a repair, and fails each of
 // its file operations. What the guest sees is the same in each state, if the
-// image could be read before, and another repair ends the work.
+// image could be read before, there are no more corruptions than before, and
+// another repair ends the work.
 func TestRepairCrash(t *testing.T) {
 	for name, wound := range wounds {
 		t.Run(name, func(t *testing.T) {
@@ -130,6 +132,12 @@ func TestRepairCrash(t *testing.T) {
 			p.crash(t, RepairAll)
 		})
 	}
+	t.Run("snapshot table at the end of the file", func(t *testing.T) {
+		s := specimenOf(t, "cluster_size=64k", 256<<10, "write -P 1 0 65536", "snapshot", "write -P 2 0 65536")
+		entry := s.data[binary.BigEndian.Uint64(s.data[64:]):]
+		s = s.withSnapshots(t, 1, snapshotEntry(entry, 8))
+		(&patient{b: s.data, model: s.model}).crash(t, RepairAll)
+	})
 	t.Run("leaks", func(t *testing.T) {
 		p := &patient{}
 		p.b, p.model = leaky(t)
@@ -138,7 +146,7 @@ func TestRepairCrash(t *testing.T) {
 }
 
 func (p *patient) crash(t *testing.T, mode RepairMode) {
-	readable := p.sameData(p.b) == nil
+	readable, faults := p.sameData(p.b) == nil, len(checkImage(p.b).corruptions)
 	run := &crashRun{start: p.b, f: &memFile{data: append([]byte(nil), p.b...), rec: true}}
 	ops := 0
 	run.f.fail = func(string) error { ops++; return nil }
@@ -154,6 +162,9 @@ func (p *patient) crash(t *testing.T, mode RepairMode) {
 		err := p.sound(t, mode, s.data)
 		if err == nil && readable {
 			err = p.sameData(s.data)
+		}
+		if v := checkImage(s.data); err == nil && len(v.corruptions) > faults {
+			err = fmt.Errorf("more corruptions than the %d at first: %v", faults, v.corruptions)
 		}
 		if err != nil {
 			t.Errorf("%s at %d: %v", s.what, s.cut, err)
