@@ -81,7 +81,7 @@ func TestCrash(t *testing.T) {
 	case testing.Short():
 		total = 1200
 	case raceEnabled:
-		total = 6000
+		total = 5200
 	default:
 		total = 20000
 	}

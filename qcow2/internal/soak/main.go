@@ -48,7 +48,7 @@ func main() {
 }
 
 // run does what the flags say and reports to w.
-func (c config) run(ctx context.Context, w io.Writer) error {
+func (c config) run(ctx context.Context, w io.Writer) (err error) {
 	if c.goroutines < 1 || c.goroutines > 32 || c.size <= 0 || c.size%(64<<20) != 0 || c.every <= 0 || c.check <= 0 {
 		return errors.New("a flag is out of its range; see -help")
 	}
@@ -60,7 +60,7 @@ func (c config) run(ctx context.Context, w io.Writer) error {
 		if err != nil {
 			return err
 		}
-		defer os.RemoveAll(dir)
+		defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 		c.image = dir + "/disk.qcow2"
 	}
 	if c.length > 0 {
@@ -68,7 +68,9 @@ func (c config) run(ctx context.Context, w io.Writer) error {
 		ctx, cancel = context.WithTimeout(ctx, c.length)
 		defer cancel()
 	}
-	fmt.Fprintf(w, "seed %d, %d goroutines, image %s\n", c.seed, c.goroutines, c.image)
+	if _, err := fmt.Fprintf(w, "seed %d, %d goroutines, image %s\n", c.seed, c.goroutines, c.image); err != nil {
+		return err
+	}
 	s, err := newSoak(c)
 	if err != nil {
 		return err

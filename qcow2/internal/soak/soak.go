@@ -36,9 +36,9 @@ type soak struct {
 	// owner's while the gate is not held exclusively.
 	versions []uint32
 
-	requests, read, written atomic.Int64 // bytes, but for requests
-	reported                time.Time    // when the last report was
-	longest                 int64        // the greatest length of the file that was seen
+	requests, loaded, stored atomic.Int64 // loaded are bytes read, stored those written
+	reported                 time.Time    // when the last report was
+	longest                  int64        // the greatest length of the file that was seen
 }
 
 // newSoak makes the image and its backing file, half as long as the disk.
@@ -141,9 +141,12 @@ func (s *soak) report(w io.Writer) error {
 	taken := fi.Sys().(*syscall.Stat_t).Blocks * 512
 	seconds := time.Since(s.reported).Seconds()
 	s.reported = time.Now()
-	fmt.Fprintf(w, "%6.0f requests/s, read %6.1f MB/s, written %6.1f MB/s; live %6.1f MB, taken %6.1f MB (%.2f), file %6.1f MB (%+.1f)\n",
-		float64(s.requests.Swap(0))/seconds, mb(s.read.Swap(0))/seconds, mb(s.written.Swap(0))/seconds,
+	_, err = fmt.Fprintf(w, "%6.0f requests/s, read %6.1f MB/s, written %6.1f MB/s; live %6.1f MB, taken %6.1f MB (%.2f), file %6.1f MB (%+.1f)\n",
+		float64(s.requests.Swap(0))/seconds, mb(s.loaded.Swap(0))/seconds, mb(s.stored.Swap(0))/seconds,
 		mb(live), mb(taken), float64(taken)/float64(max(live, 1)), mb(fi.Size()), mb(grown))
+	if err != nil {
+		return err
+	}
 	return s.bounded(live, taken, fi.Size())
 }
 

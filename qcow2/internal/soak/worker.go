@@ -54,7 +54,7 @@ func (w *worker) request() error {
 	first, n := w.pick()
 	switch how := w.r.IntN(200); {
 	case how < 90:
-		w.soak.read.Add(n * block)
+		w.loaded.Add(n * block)
 		return w.verify(w.buf, first, n)
 	case how < 98:
 		return w.erase(first, n, w.img.PunchHole)
@@ -75,7 +75,7 @@ func (w *worker) write(first, n int64) error {
 		stamp(w.buf[i*block:][:block], first+i, w.seq)
 	}
 	w.seq++
-	w.written.Add(n * block)
+	w.stored.Add(n * block)
 	_, err := w.img.WriteAt(w.buf[:n*block], first*block)
 	return err
 }
