@@ -79,6 +79,9 @@ func TestResizeLikeQEMU(t *testing.T) {
 					if b, err := os.ReadFile(data); err != nil || !bytes.Equal(b, model) {
 						t.Errorf("the raw data file differs from the disk (%v)", err)
 					}
+					if all := qemuMap(t, path); i == 0 && !all[len(all)-1].Data {
+						t.Errorf("what the disk gained is not allocated: %+v", all[len(all)-1])
+					}
 				}
 				if size > 10<<9 {
 					ourWrite(t, r, path, model, 30)
@@ -253,7 +256,7 @@ func TestResizeFailed(t *testing.T) {
 			m := run.open(t, run.f, false)
 			must(t, m.WritevAt([][]byte{stamps(0, 150, 2)}, 0))
 			must(t, m.Flush())
-			before, changes := allocatedIn(t, run), 0
+			before, length, changes := allocatedIn(t, run), len(run.f.data), 0
 			run.f.fail = func(op string) error {
 				if op == "write" || op == "allocate" {
 					changes++
@@ -274,8 +277,8 @@ func TestResizeFailed(t *testing.T) {
 			if !errors.Is(err, syscall.ENOSPC) || m.Size() != old {
 				t.Errorf("%v: size %d, %v", mode, m.Size(), err)
 			}
-			if after := allocatedIn(t, run); after != before {
-				t.Errorf("%v: %d clusters allocated, before %d", mode, after, before)
+			if after := allocatedIn(t, run); after != before || len(run.f.data) > length+100<<10 {
+				t.Errorf("%v: %d clusters allocated, before %d; the file has %d bytes, before %d", mode, after, before, len(run.f.data), length)
 			}
 			must(t, m.Resize(t.Context(), size, ResizeOptions{Preallocation: mode}))
 			closeImage(t, m)
@@ -437,5 +440,59 @@ func TestResizeToLimits(t *testing.T) {
 		}
 		closeImage(t, m)
 		checkClean(t, path)
+	}
+}
+
+// TestResizeCorrupt resizes images that iotest 060 breaks: those whose refcount
+// table points nowhere cannot be opened for it, and keep their length. An L2 table
+// beyond the new end that points to metadata ends the giving back of room, by name.
+func TestResizeCorrupt(t *testing.T) {
+	const size = 64 << 20
+	for _, entries := range [][]uint64{{0x00ffffff00000000}, {0x1000000000}, {0, 0x200}} {
+		path := create(t, CreateOptions{Size: size})
+		b, err := os.ReadFile(path)
+		must(t, err)
+		for i, e := range entries {
+			put(b, 0x10008+int64(i)*8, 8, e)
+		}
+		writeFile(t, path, b)
+		if m, err := Open(path, Options{}); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%#x: %v, %v", entries, m, err)
+		}
+		if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, b) {
+			t.Errorf("%#x: the image was changed (%v)", entries, err)
+		}
+	}
+	b, l2 := hostileImage(t, CreateOptions{Size: size, ClusterSize: 512})
+	put(b, l2+8, 8, 0x8000000000000200) // the refcount table
+	path := filepath.Join(t.TempDir(), "disk.qcow2")
+	writeFile(t, path, b)
+	m := open(t, path, Options{})
+	if err := m.Resize(t.Context(), 0, ResizeOptions{Shrink: true}); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "reference count table") {
+		t.Errorf("an L2 entry to metadata: %v", err)
+	}
+	if err := m.Close(); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("close: %v", err)
+	}
+	after, err := os.ReadFile(path)
+	if must(t, err); !bytes.Equal(after[512:], b[512:]) || after[offIncompatible+7]>>incompatCorrupt&1 == 0 {
+		t.Error("more than the header was changed, or it has no corrupt bit")
+	}
+}
+
+// TestResizeOverGarbage grows a disk whose file has free clusters that are not
+// empty: none of their contents shows.
+func TestResizeOverGarbage(t *testing.T) {
+	for _, mode := range []Preallocation{PreallocateOff, PreallocateMetadata, PreallocateFalloc, PreallocateFull} {
+		run := newRun(t, workload{opts: CreateOptions{Size: 10 << 10, ClusterSize: 512}})
+		run.f.data = append(run.f.data, bytes.Repeat([]byte{0xdb}, 500<<10)...)
+		m := run.open(t, run.f, false)
+		must(t, m.Resize(t.Context(), 300<<10, ResizeOptions{Preallocation: mode}))
+		got := make([]byte, 300<<10)
+		if err := m.ReadvAt([][]byte{got}, 0); err != nil || !isZero(got) {
+			t.Errorf("%v: not zero (%v)", mode, err)
+		}
+		closeImage(t, m)
+		run.noLeaks(t)
 	}
 }
