@@ -78,7 +78,15 @@ func corruptf(format string, args ...any) *Error {
 	return &Error{Kind: ErrCorrupt, What: fmt.Sprintf(format, args...)}
 }
 
-// inFile gives an *Error that has no path this one, with "qemu-img check" as the
+// headerFault is corruptf for what is wrong with the header itself, without which
+// nobody knows what the rest means.
+func headerFault(format string, args ...any) *Error {
+	e := corruptf(format, args...)
+	e.Mend = "no tool can mend a header: take a copy of the image"
+	return e
+}
+
+// inFile gives an *Error that has no path this one, with a repair as the
 // mend of a corruption, and any other error the path. Requests may share err, as
 // those that wait for the same commit do, so it is copied and never changed.
 func inFile(path string, err error) error {
@@ -101,7 +109,7 @@ func inFile(path string, err error) error {
 }
 
 func repairHint(path string) string {
-	return "to mend it, run: qemu-img check -r all " + shellWord(path)
+	return "to mend it, run: calf image check -r all " + shellWord(path)
 }
 
 // shellWord is name as one word of a shell command that a user may copy. Names

@@ -61,13 +61,13 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 			break
 		}
 		if n > end-off {
-			return x, corruptf("header extension %#x of %d bytes is too large", kind, n)
+			return x, headerFault("header extension %#x of %d bytes is too large", kind, n)
 		}
 		data := b[off : off+n]
 		switch kind {
 		case extBackingFormat:
 			if n > maxBackingFormat {
-				return x, corruptf("the name of the backing file's format, %d bytes, is too long", n)
+				return x, headerFault("the name of the backing file's format, %d bytes, is too long", n)
 			}
 			x.backingFormat = string(data)
 		case extFeatureNames:
@@ -97,11 +97,11 @@ func backingName(h *header, b []byte) (string, error) {
 	}
 	end := h.backingOffset + uint64(h.backingSize)
 	if end > uint64(len(b)) {
-		return "", corruptf("the backing file name is cut off by the end of the file")
+		return "", headerFault("the backing file name is cut off by the end of the file")
 	}
 	name := string(b[h.backingOffset:end])
 	if strings.ContainsRune(name, 0) {
-		return "", corruptf("the backing file name contains a zero byte")
+		return "", headerFault("the backing file name contains a zero byte")
 	}
 	return name, nil
 }

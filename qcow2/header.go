@@ -113,7 +113,7 @@ func parseHeader(b []byte) (*header, error) {
 		return nil, unsupported(fmt.Sprintf("QCOW2 version %d", h.version), "")
 	}
 	if len(b) < headerLengthV3 {
-		return nil, corruptf("the header is cut off after %d bytes", len(b))
+		return nil, headerFault("the header is cut off after %d bytes", len(b))
 	}
 	h.incompatible = be.Uint64(b[offIncompatible:])
 	h.compatible = be.Uint64(b[80:])
@@ -122,7 +122,7 @@ func parseHeader(b []byte) (*header, error) {
 	h.length = be.Uint32(b[100:])
 	if h.length > headerLengthV3 {
 		if len(b) <= headerLengthV3 {
-			return nil, corruptf("the header is cut off after %d bytes", len(b))
+			return nil, headerFault("the header is cut off after %d bytes", len(b))
 		}
 		h.compression = b[104]
 	}
@@ -147,28 +147,28 @@ func (h *header) validate(fileSize int64) error {
 // validateFields checks what does not concern a table.
 func (h *header) validateFields() error {
 	if h.clusterBits < minClusterBits || h.clusterBits > maxClusterBits {
-		return corruptf("cluster size 2^%d is outside 512 bytes to 2 MiB", h.clusterBits)
+		return headerFault("cluster size 2^%d is outside 512 bytes to 2 MiB", h.clusterBits)
 	}
 	cs := uint64(1) << h.clusterBits
 	switch {
 	case h.version == 3 && h.length < headerLengthV3:
-		return corruptf("the header length of %d bytes is below %d", h.length, headerLengthV3)
+		return headerFault("the header length of %d bytes is below %d", h.length, headerLengthV3)
 	case uint64(h.length) > cs:
-		return corruptf("the header length of %d bytes exceeds the cluster size", h.length)
+		return headerFault("the header length of %d bytes exceeds the cluster size", h.length)
 	case h.incompat(incompatExtendedL2) && h.clusterBits < minExtendedBits:
-		return corruptf("clusters of %d bytes are too small for extended L2 entries", cs)
+		return headerFault("clusters of %d bytes are too small for extended L2 entries", cs)
 	case h.refcountOrder > 6:
-		return corruptf("reference counts of 2^%d bits are wider than 64", h.refcountOrder)
+		return headerFault("reference counts of 2^%d bits are wider than 64", h.refcountOrder)
 	case h.size > math.MaxInt64:
-		return corruptf("the disk size of %d bytes is impossible", h.size)
+		return headerFault("the disk size of %d bytes is impossible", h.size)
 	case h.backingOffset > cs:
-		return corruptf("the backing file name lies at %#x, outside the first cluster", h.backingOffset)
+		return headerFault("the backing file name lies at %#x, outside the first cluster", h.backingOffset)
 	case h.backingOffset != 0 && h.backingOffset < uint64(h.length):
-		return corruptf("the backing file name lies at %#x, inside the header", h.backingOffset)
+		return headerFault("the backing file name lies at %#x, inside the header", h.backingOffset)
 	case h.backingOffset != 0 && uint64(h.backingSize) > min(maxBackingName, cs-h.backingOffset):
-		return corruptf("the backing file name of %d bytes is too long", h.backingSize)
+		return headerFault("the backing file name of %d bytes is too long", h.backingSize)
 	case (h.compression != compressionDeflate) != h.incompat(incompatCompression):
-		return corruptf("the compression type %d contradicts the feature bit for it", h.compression)
+		return headerFault("the compression type %d contradicts the feature bit for it", h.compression)
 	}
 	return nil
 }
