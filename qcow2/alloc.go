@@ -75,19 +75,6 @@ func (p *pool) recycle(e extent) {
 	p.recycled = appendExtent(p.recycled, e)
 }
 
-// untake adds clusters that were taken and not touched, to be the first to be taken
-// again, so that the file does not grow behind them.
-func (p *pool) untake(e extent) {
-	switch {
-	case !e.virgin:
-		p.recycle(e)
-	case len(p.fresh) > 0 && p.fresh[0].virgin && e.start+e.n == p.fresh[0].start:
-		p.fresh[0].start, p.fresh[0].n = e.start, p.fresh[0].n+e.n
-	default:
-		p.fresh = slices.Insert(p.fresh, 0, e)
-	}
-}
-
 // appendExtent appends e to list, merging it with the last extent if it follows.
 func appendExtent(list []extent, e extent) []extent {
 	if k := len(list) - 1; k >= 0 && list[k].start+list[k].n == e.start && list[k].virgin == e.virgin {

@@ -323,12 +323,9 @@ func (w *rewrite) giveBack(kept []extent) {
 			m.meta.remove(e)
 		}
 	}
-	for _, e := range slices.Backward(w.room) {
-		m.pool.untake(e)
-	}
-	for _, e := range w.runs {
+	for _, e := range append(w.room, w.runs...) {
 		if e.n > 0 && !slices.Contains(kept, e) {
-			m.pool.recycle(e)
+			m.pool.recycle(e) // first of all, so that the file does not grow
 		}
 	}
 }

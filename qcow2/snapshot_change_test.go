@@ -692,7 +692,7 @@ func TestSnapshotRefused(t *testing.T) {
 				t.Errorf("%v", err)
 			}
 			// A fault of the disk's own tables ends all writing.
-			marked := c.kind == ErrCorrupt && how == "-c"
+			marked := errors.Is(c.kind, ErrCorrupt) && how == "-c"
 			if err := m.usable(); errors.Is(err, ErrCorrupt) != marked {
 				t.Errorf("afterwards: %v", err)
 			}
