@@ -87,6 +87,15 @@ func (s *metaSet) run(p metaPlace) (metaRun, bool) {
 	return s.leaves[p.leaf][p.at], true
 }
 
+// end is the cluster after the last one that holds metadata.
+func (s *metaSet) end() uint64 {
+	if len(s.leaves) == 0 {
+		return 0
+	}
+	last := s.leaves[len(s.leaves)-1]
+	return last[len(last)-1].end()
+}
+
 // at returns what cluster c holds.
 func (s *metaSet) at(c uint64) metaKind {
 	r, ok := s.run(s.search(c))

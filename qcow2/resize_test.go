@@ -496,3 +496,19 @@ func TestResizeOverGarbage(t *testing.T) {
 		run.noLeaks(t)
 	}
 }
+
+// TestResizeKeepsTables shrinks a disk whose L1 table, the last in the file, counts
+// no reference: the file is not cut off before it.
+func TestResizeKeepsTables(t *testing.T) {
+	path := create(t, CreateOptions{Size: 1 << 20, ClusterSize: 512})
+	b, err := os.ReadFile(path)
+	must(t, err)
+	put(b, 1024+3*2, 2, 0) // behind the header, the refcount table and the block
+	writeFile(t, path, b)
+	m := open(t, path, Options{})
+	must(t, m.Resize(t.Context(), 512<<10, ResizeOptions{Shrink: true}))
+	closeImage(t, m)
+	if n := fileSize(t, path); n < int64(len(b)) {
+		t.Errorf("the file has %d bytes, the end of the L1 table is at %d", n, len(b))
+	}
+}

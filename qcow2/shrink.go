@@ -141,6 +141,9 @@ func (m *Image) trim(size int64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	end, err := r.end(m.cluster(fileSize + m.clusterSize - 1))
+	m.mu.RLock()
+	end = max(end, m.meta.end()) // whatever the counts say
+	m.mu.RUnlock()
 	if err != nil || m.offset(end) >= fileSize {
 		return err
 	}
