@@ -45,7 +45,7 @@ func TestFaults(t *testing.T) {
 			total := faultRun(t, base, w, seed, fault{})
 			step := 1 // all of them in the long run
 			if *crashStates == 0 {
-				step = 1 + total/8
+				step = 1 + total/5
 			}
 			runs := 0
 			for _, errno := range []syscall.Errno{syscall.EIO, syscall.ENOSPC} {
