@@ -50,8 +50,9 @@ func (t *Transport) startLocked() {
 		return
 	}
 	t.started = true
-	if t.needsReset.Load() {
-		// A ring was refused before the driver could be told (P22).
+	if t.needsReset.Load() || t.outdated {
+		// A ring was refused (P22), or the configuration has changed (B14),
+		// before the driver could be told.
 		t.notifyConfig()
 	}
 	if t.held = !t.cfg.busMaster(); !t.held {
@@ -144,7 +145,7 @@ func (t *Transport) quiesceLocked() {
 // mask has held back must not come after the reset (P23).
 func (t *Transport) clearLocked() {
 	t.driverOK.Store(false)
-	t.started, t.held = false, false
+	t.started, t.held, t.outdated = false, false, false
 	t.needsReset.Store(false)
 	t.intx.take()
 	t.configVector.Store(noVector)

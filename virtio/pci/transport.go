@@ -115,6 +115,7 @@ type Transport struct {
 	held        bool // the device has no queues, although started: the function is no bus master
 	holding     bool // a goroutine takes the queues back because of held
 	configDirty bool // the device configuration has changed since it was read (P11)
+	outdated    bool // it has changed since the driver came, who may have read it before (B14)
 
 	resetting bool       // a reset waits for the device to be quiet
 	quiet     *sync.Cond // on mu: resetting has become false
@@ -271,7 +272,7 @@ func (t *Transport) AssignBAR(i int, addr guest.GPA) error {
 }
 
 // UpdateConfig calls change, which changes the configuration space of the
-// device, and tells the driver (B14). A driver that reads while that happens sees
+// device, and tells the driver, at once or as soon as it is ready (B14). A driver that reads while that happens sees
 // the old or the new configuration, or that it must read again (P11). An error of
 // change is returned, and means that nothing has changed. change must not call
 // the transport.
@@ -282,6 +283,7 @@ func (t *Transport) UpdateConfig(change func() error) error {
 		return err
 	}
 	t.configDirty = true
+	t.outdated = t.regs.status != 0
 	t.notifyConfig()
 	return nil
 }
@@ -484,7 +486,7 @@ func (e *queueEvents) QueueBroken(_ int, err *virtio.GuestError) {
 	(*Transport)(e).damage(err)
 }
 
-// damage sets DEVICE_NEEDS_RESET because of err (P22). It takes no lock.
+// damage sets DEVICE_NEEDS_RESET because of err (P22). It does not take mu.
 func (t *Transport) damage(err error) {
 	t.complain("device needs a reset", err)
 	t.needsReset.Store(true)

@@ -1103,6 +1103,31 @@ func TestDeviceConfig(t *testing.T) {
 			t.Errorf("%d interrupts, want none without a driver", got)
 		}
 	})
+	t.Run("B14 change before DRIVER_OK", func(t *testing.T) {
+		for _, changes := range []int{0, 1, 2} {
+			if err := r.Reset(); err != nil {
+				t.Fatal(err)
+			}
+			r.update(0) // there is no driver that could have read what was before
+			if err := r.Negotiate(all); err != nil {
+				t.Fatal(err)
+			}
+			r.EnableMSIX(lineBase)
+			r.Set(vt.ConfigVector, 2, 0)
+			r.DeviceConfig(0, 8)
+			before := r.m.Line(lineBase).Count()
+			for i := range changes {
+				r.update(byte(i + 1))
+			}
+			if got := r.m.Line(lineBase).Count() - before; got != 0 {
+				t.Errorf("%d interrupts before DRIVER_OK", got)
+			}
+			r.DriverOK()
+			if got, want := int(r.m.Line(lineBase).Count()-before), min(changes, 1); got != want {
+				t.Errorf("%d interrupts at DRIVER_OK after %d changes that the driver has not seen, want %d", got, changes, want)
+			}
+		}
+	})
 	t.Run("P11 never half of a change", func(t *testing.T) {
 		r.start(all)
 		var wg sync.WaitGroup
