@@ -123,26 +123,35 @@ func (d *slowRanges) PunchHole(off, n int64) error   { return d.Discard(off, n) 
 // TestStopInRange ends requests that act on ranges: a reset waits for a piece of
 // one, not for all that a guest asks for (P23).
 func TestStopInRange(t *testing.T) {
+	const piece = 32 << 20 / 512
+	short := make([]seg, 32) // each of one piece
+	for i := range short {
+		short[i] = seg{uint64(i) * piece, piece, 0}
+	}
 	for _, c := range []struct {
-		name    string
-		kind    uint32
-		sectors uint32
-	}{{"DISCARD", tDiscard, 1 << 30 / 512}, {"WRITE_ZEROES", tWriteZeroes, 64 << 20 / 512}} {
+		name  string
+		kind  uint32
+		total int64 // bytes
+		segs  []seg
+	}{
+		{"DISCARD", tDiscard, 1 << 30, []seg{{0, 1 << 30 / 512, 0}}},
+		{"DISCARD of many ranges", tDiscard, 1 << 30, short},
+		{"WRITE_ZEROES", tWriteZeroes, 64 << 20, []seg{{0, 64 << 20 / 512, 0}}},
+	} {
 		for _, stop := range []bool{false, true} {
 			t.Run(c.name, func(t *testing.T) {
 				disk := &slowRanges{wideDisk: wideDisk{t: t, entered: make(chan struct{}), release: make(chan struct{}), duration: time.Millisecond}}
 				r := newRig(t, blk.Config{Disk: disk})
 				r.start(allFeatures, 1, 16)
-				data := payload(seg{0, c.sectors, 0})
+				data := payload(c.segs...)
 				q := r.newRequest(c.kind, 0, len(data))
 				copy(q.bytes(), data)
 				submit(t, r.d.Rings[0], q.bufs(false))
 				<-disk.entered
-				total := int64(c.sectors) * 512
 				if !stop {
 					close(disk.release)
-					if r.wait(r.d.Rings[0]); q.code() != sOK || disk.begun.Load() != total {
-						t.Errorf("status %#x after %d bytes, want OK after %d", q.code(), disk.begun.Load(), total)
+					if r.wait(r.d.Rings[0]); q.code() != sOK || disk.begun.Load() != c.total {
+						t.Errorf("status %#x after %d bytes, want OK after %d", q.code(), disk.begun.Load(), c.total)
 					}
 					return
 				}
@@ -154,8 +163,8 @@ func TestStopInRange(t *testing.T) {
 				time.Sleep(10 * time.Millisecond)
 				close(disk.release)
 				<-done
-				if disk.begun.Load() == total || q.code() != sUntouched {
-					t.Errorf("after a reset %d of %d bytes are done, status %#x; want part of it, untouched", disk.begun.Load(), total, q.code())
+				if disk.begun.Load() == c.total || q.code() != sUntouched {
+					t.Errorf("after a reset %d of %d bytes are done, status %#x; want part of it, untouched", disk.begun.Load(), c.total, q.code())
 				}
 			})
 		}

@@ -76,10 +76,11 @@ func (w *worker) discard(c *virtio.Chain, room uint64) (code byte) {
 }
 
 // inPieces does act on r, piece by piece: a stop waits for one of them at most
-// (P23), and leaves the request without an answer.
+// (P23), whichever range of a request it is in, and leaves the request without an
+// answer.
 func (w *worker) inPieces(r byteRange, op string, act func(off, n int64) error) (code byte) {
 	off, left := r.span()
-	for {
+	for !w.stopping.Load() {
 		n := min(left, maxRangePiece-off%maxRangePiece)
 		if err := act(off, n); err != nil {
 			return w.dev.diskFailed(op, uint64(off)/SectorSize, err) //nolint:gosec // G115: on the disk
@@ -88,10 +89,8 @@ func (w *worker) inPieces(r byteRange, op string, act func(off, n int64) error) 
 		if left -= n; left == 0 {
 			return statusOK
 		}
-		if w.stopping.Load() {
-			return noStatus
-		}
 	}
+	return noStatus
 }
 
 // writeZeroes carries out a WRITE_ZEROES request. With or without the unmap
