@@ -25,6 +25,8 @@ import (
 //   - an image that nobody changed behaves as a disk, and ends without a
 //     corruption or a leak; one that was changed and yet checks as good ends
 //     without a corruption (finish).
+//
+// How to run them, and how long they have run, is in docs/testing.md.
 
 // fuzzSize is the size of the disks, in bytes.
 const fuzzSize = 256 << 10
