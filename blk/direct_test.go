@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -70,6 +71,45 @@ func TestDirectNeighbours(t *testing.T) {
 		})
 	}
 	all.Wait()
+}
+
+// TestDirectWholeNeighbours writes whole blocks, from memory that is aligned and
+// from memory that is not, while their first sectors are written too: what follows
+// the first sector is not put back as it was before.
+func TestDirectWholeNeighbours(t *testing.T) {
+	const block, rounds = 4096, 300
+	page, err := unix.Mmap(-1, 0, 2*block, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = unix.Munmap(page) }()
+	for name, whole := range map[string][]byte{"aligned": page[:block], "not aligned": page[100 : 100+block]} {
+		t.Run(name, func(t *testing.T) {
+			d := openDirect(t, 64<<10)
+			blk.AlignDirect(d, block, block)
+			var stop atomic.Bool
+			var other sync.WaitGroup
+			other.Go(func() {
+				for sector := make([]byte, 512); !stop.Load(); {
+					if err := d.WritevAt([][]byte{sector}, 0); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+			got := make([]byte, block)
+			for i := range rounds {
+				want := bytes.Repeat([]byte{byte(i)}, block)
+				copy(whole, want)
+				err := d.WritevAt([][]byte{whole}, 0)
+				if err := errors.Join(err, d.ReadvAt([][]byte{got}, 0)); err != nil || !bytes.Equal(got[512:], want[512:]) {
+					t.Errorf("round %d: the block reads as %#x after %#x was written: %v", i, got[512], want[512], err)
+					break
+				}
+			}
+			stop.Store(true)
+			other.Wait()
+		})
+	}
 }
 
 // TestDirectRefusals checks that what direct I/O cannot reach is refused, with a
