@@ -53,7 +53,7 @@ STATES ?= 100000
 
 .PHONY: crash
 crash: ## power cuts and faults, the long run; STATES=n
-	$(GO) test -run='^(TestCrash|TestFaults$$|TestModel$$)' -count=1 -timeout=2h -v ./qcow2 -args -states=$(STATES) | grep -v '^=== '
+	$(GO) test -run='^(TestCrash|TestFaults$$|TestModel$$)' -count=1 -timeout=2h -v ./qcow2 -args -states=$(STATES)
 
 # What make soak passes to the command; its -help lists more.
 SOAK ?= -for 1m

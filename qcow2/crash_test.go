@@ -7,8 +7,9 @@ import (
 	"testing"
 )
 
-// crashStates is how many states TestCrash makes, of all workloads together.
-var crashStates = flag.Int("states", 0, "states of TestCrash; 0 is as many as the mode of testing allows")
+// crashStates is how many states TestCrash makes, of all workloads together. If it
+// is not 0, this is the long run, in which TestFaults tries every fault.
+var crashStates = flag.Int("states", 0, "states of TestCrash, with all faults of TestFaults; 0 is as many as the mode of testing allows")
 
 // workloads are what crashes and faults are tried on.
 var workloads = []workload{
