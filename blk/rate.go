@@ -18,8 +18,10 @@ type Rate struct {
 const (
 	defaultBurst = 100 * time.Millisecond
 
-	// maxDebt bounds how long one request, however large, can hold up others.
-	maxDebt = time.Hour
+	// maxDebt bounds a debt and a burst so that times can be added. It is beyond
+	// what requests on every queue, each as large as one can be, run up at a KiB
+	// per second: a debt that is cut short lets the guest exceed its rate.
+	maxDebt = 100 * 365 * 24 * time.Hour
 
 	// minWait is how long a worker waits at least, if the burst makes up for
 	// it: timers are too coarse for the share of a single request.

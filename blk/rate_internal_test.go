@@ -68,6 +68,24 @@ func TestBucketExtremes(t *testing.T) {
 	}
 }
 
+// TestBucketLargeRequests checks that a guest does not exceed a low rate by few
+// requests that are as large as can be, and that a burst is as large as was asked
+// for.
+func TestBucketLargeRequests(t *testing.T) {
+	const rate, request = 1 << 10, 1 << 32
+	var b bucket
+	b.init(Rate{PerSecond: rate, Burst: request})
+	if b.take(0, request); b.debt(0) != 0 {
+		t.Errorf("debt %v after the burst", b.debt(0))
+	}
+	for range maxQueues {
+		b.take(0, request)
+	}
+	if want := maxQueues * request / rate * time.Second; b.debt(0) != want {
+		t.Errorf("debt %v after %d requests of 4 GiB at 1 KiB/s, want %v", b.debt(0), maxQueues, want)
+	}
+}
+
 // TestBucketIdle checks that idling earns the burst and no more.
 func TestBucketIdle(t *testing.T) {
 	var b bucket
