@@ -416,6 +416,9 @@ func TestStatus(t *testing.T) {
 		r.Set(vt.Status, 1, fok|virtio.StatusFailed)
 		r.Set(vt.Status, 1, dok)
 		r.want("status", vt.Status, 1, fok|virtio.StatusFailed)
+		if _, err := r.SetupQueue(0, 8); err == nil {
+			t.Error("a queue was enabled")
+		}
 	})
 	t.Run("P22 a device that does not start", func(t *testing.T) {
 		r := newRig(t, &echo{n: 1, fail: errors.New("no")})
@@ -483,7 +486,11 @@ func TestReset(t *testing.T) {
 		// Nothing can be set up meanwhile.
 		r.Set(vt.Status, 1, ack)
 		r.Set(vt.QueueSelect, 2, 7)
+		r.m.Write(bar+guest.GPA(r.Device.Offset), 1, 0x55)
 		r.Set(vt.Status, 1, 0)
+		if dev.space[0] != 0 {
+			t.Error("the device configuration was written")
+		}
 		close(dev.hold)
 		r.eventually("reset", func() bool { return r.Get(vt.Status, 1) == 0 })
 		r.want("queue_select", vt.QueueSelect, 2, 0)
