@@ -6,7 +6,7 @@ import "errors"
 const (
 	maxBitmaps         = 65535
 	maxBitmapDirectory = 64 << 20  // bytes
-	maxBitmapTable     = 0x8000000 // entries
+	maxBitmapTable     = 0x8000000 // entries, of all tables together
 	bitmapFixed        = 24        // bytes before the extra data of an entry
 	bitmapReserved     = 0xff000000000001fe
 )
@@ -43,7 +43,7 @@ func (x *checker) checkBitmaps() error {
 
 // checkBitmap counts the references from the table at off of bitmap i.
 func (x *checker) checkBitmap(off uint64, entries uint32, i int) error {
-	if entries > maxBitmapTable || entries > 0 && x.h.checkTable("table", off, uint64(entries)*8, x.fileSize) != nil {
+	if int64(entries) > maxBitmapTable-x.bitmapEntries || entries > 0 && x.h.checkTable("table", off, uint64(entries)*8, x.fileSize) != nil {
 		x.found(Corruption, off, "the table of bitmap %d, %d entries at %#x, is impossible", i, entries, off)
 		return nil
 	}
