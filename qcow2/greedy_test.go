@@ -36,3 +36,36 @@ func TestGreedyBitmaps(t *testing.T) {
 		t.Errorf("%d corruptions, after %d reads", r.Corruptions, reads)
 	}
 }
+
+// TestGreedyStrays repairs an image in which the data of many guest clusters is the
+// cluster of one table. They share one copy of it, so the file hardly grows.
+func TestGreedyStrays(t *testing.T) {
+	const cs = 4096
+	b := readBack(t, func(m *Image) {
+		_, err := m.WriteAt([]byte{1}, 0)
+		must(t, err)
+	}, CreateOptions{Size: cs / 8 * cs, ClusterSize: cs})
+	l1 := field(b, offL1Offset)
+	for i := int64(1); i < cs/8; i++ {
+		put(b, field(b, l1)&entryOffset+i*8, 8, uint64(l1)|entryCopied) //nolint:gosec // G115: an offset
+	}
+	want := bytes.Clone(b[l1:][:cs])
+	f := &memFile{data: bytes.Clone(b)}
+	_, after, err := repairIn(t.Context(), f, "memory", RepairAll, CheckOptions{})
+	must(t, err)
+	if grown := len(f.data) - len(b); !after.Clean() || grown > 2*cs {
+		t.Errorf("the file grew by %d bytes: %+v", grown, after)
+	}
+	m, err := openFile(f, "memory", Options{}, &chain{})
+	must(t, err)
+	defer closeImage(t, m)
+	for _, off := range []int64{cs, 300 * cs, 511 * cs} {
+		got := make([]byte, cs)
+		if _, err := m.ReadAt(got, off); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("the data at %d is another: %v", off, err)
+		}
+		clear(got)
+		_, err := m.WriteAt(got, off) // to a cluster of its own
+		must(t, err)
+	}
+}

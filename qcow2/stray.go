@@ -1,8 +1,8 @@
 package qcow2
 
 // stray is an L2 entry whose data lies in a cluster that holds metadata. A repair
-// moves the data, whatever it is, to a cluster of its own: the guest sees the
-// same, and writes to it without harm.
+// moves the data, whatever it is, to another cluster, which all entries for it
+// share: the guest sees the same, and writes to it without harm.
 type stray struct {
 	at uint64 // where the entry is in the file
 	e  uint64 // what it will be
@@ -15,6 +15,7 @@ func (x *checker) placeStrays() ([]stray, error) {
 		return nil, nil
 	}
 	var all []stray
+	copies := map[uint64]uint64{} // where they are, by what they are of
 	for _, c := range x.sortedTables() {
 		if err := x.ctx.Err(); err != nil {
 			return nil, err
@@ -29,29 +30,41 @@ func (x *checker) placeStrays() ([]stray, error) {
 			if e&entryCompressed != 0 || host == 0 || x.meta.at(host>>x.clusterBits) == metaNone {
 				continue
 			}
-			to, err := x.copyStray(host, x.tables[c].refs)
-			if err != nil {
+			if _, ok := copies[host]; !ok {
+				if copies[host], err = x.copyStray(host); err != nil {
+					return nil, err
+				}
+			}
+			to := copies[host]
+			if err := x.countStray(to, x.tables[c].refs); err != nil {
 				return nil, err
 			}
-			all = append(all, stray{at: x.pointer(c) + uint64(i)*8, e: e&^entryOffset | to})
+			// Whether it is shared, the next pass says.
+			all = append(all, stray{at: x.pointer(c) + uint64(i)*8, e: e&^(entryOffset|entryCopied) | to})
 		}
 	}
 	return all, nil
 }
 
-// copyStray copies the cluster at host to one that nobody uses, and counts refs
-// references to that. It returns where it is.
-func (x *checker) copyStray(host uint64, refs uint32) (uint64, error) {
+// countStray counts refs references to the copy at offset to.
+func (x *checker) countStray(to uint64, refs uint32) error {
 	if err := x.used.spend(extentCost); err != nil {
+		return err
+	}
+	return x.used.add(to>>x.clusterBits, refs)
+}
+
+// copyStray copies the cluster at host to one that nobody uses, and returns where
+// that is. It counts no reference to it.
+func (x *checker) copyStray(host uint64) (uint64, error) {
+	if err := x.used.spend(tableCost); err != nil {
 		return 0, err
 	}
 	c, err := x.takeCounted(1)
-	if err == nil {
-		err = x.used.add(c, refs-1)
-	}
 	if err != nil {
 		return 0, err
 	}
+	x.used.drop(c)
 	data := make([]byte, x.clusterSize)
 	if err := readFull(x.file, data, int64(host)); err != nil { //nolint:gosec // G115: masked
 		return 0, err
