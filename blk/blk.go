@@ -93,7 +93,9 @@ const (
 	// ErrorReport answers the request with an I/O error. The guest decides.
 	ErrorReport ErrorPolicy = iota
 	// ErrorStop answers neither that request nor any other until Resume. The
-	// guest waits, and knows of nothing if the cause is gone by then.
+	// guest waits, and knows of nothing if the cause is gone by then. Where the
+	// system has lost what was written, it never is: such a flush stays failed
+	// (B13), and every Resume ends in another stop.
 	ErrorStop
 )
 
