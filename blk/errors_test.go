@@ -3,6 +3,7 @@ package blk_test
 import (
 	"bytes"
 	"errors"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -119,6 +120,24 @@ func TestErrorStop(t *testing.T) {
 			}
 			r.dev.Resume() // which does nothing
 		})
+	}
+}
+
+// TestErrorStopOutside asks for what is not on the disk in every way: that is the
+// guest's mistake, and stops nothing (B1).
+func TestErrorStopOutside(t *testing.T) {
+	r := newRig(t, blk.Config{Disk: newThin(diskSize), OnError: blk.ErrorStop, Stopped: func(err error) { t.Error(err) }})
+	r.start(allFeatures, 1, 16)
+	const end = diskSize / 512
+	for _, sector := range []uint64{end - 1, end, 1 << 55, 1<<55 - 1, 1 << 63, math.MaxUint64 - 1, math.MaxUint64} {
+		for kind, data := range map[uint32][]byte{
+			tIn: make([]byte, 1024), tOut: make([]byte, 1024),
+			tDiscard: payload(seg{sector, 2, 0}), tWriteZeroes: payload(seg{sector, 2, 0}),
+		} {
+			if code, _, _ := r.do(kind, sector, data); code != sIOErr {
+				t.Errorf("type %d at sector %#x: status %d, want IOERR", kind, sector, code)
+			}
+		}
 	}
 }
 

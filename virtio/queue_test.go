@@ -160,7 +160,10 @@ func TestMalformedChain(t *testing.T) {
 			r.SetDesc(1, virtiotest.Window, 1, wr, 0)
 		}},
 		{"V6 indirect table of length 0", func(r *rig, table guest.GPA) { r.SetDesc(0, table, 0, in, 0) }},
-		{"V6 indirect table of length 24", func(r *rig, table guest.GPA) { r.SetDesc(0, table, 24, in, 0) }},
+		{"V6 indirect table of length 24", func(r *rig, table guest.GPA) {
+			r.Table(table, buf(1, false)) // which is good
+			r.SetDesc(0, table, 24, in, 0)
+		}},
 		{"V6 indirect table not in RAM", func(r *rig, _ guest.GPA) { r.SetDesc(0, virtiotest.Window, 16, in, 0) }},
 		{"V6 indirect and next", func(r *rig, table guest.GPA) {
 			r.Table(table, buf(1, false))
