@@ -137,6 +137,7 @@ func TestStopInRange(t *testing.T) {
 		{"DISCARD", tDiscard, 1 << 30, []seg{{0, 1 << 30 / 512, 0}}},
 		{"DISCARD of many ranges", tDiscard, 1 << 30, short},
 		{"WRITE_ZEROES", tWriteZeroes, 64 << 20, []seg{{0, 64 << 20 / 512, 0}}},
+		{"WRITE_ZEROES across pieces", tWriteZeroes, 64 << 20, []seg{{8, 64 << 20 / 512, 0}}},
 	} {
 		for _, stop := range []bool{false, true} {
 			t.Run(c.name, func(t *testing.T) {

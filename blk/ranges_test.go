@@ -10,6 +10,7 @@ import (
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/blk/blktest"
 	"github.com/calfvm/calf/guest"
+	vt "github.com/calfvm/calf/virtio/virtiotest"
 )
 
 // seg is one segment of a DISCARD or WRITE_ZEROES request.
@@ -110,6 +111,40 @@ func TestRanges(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestRangesRefused sends what only the limits of a request stand against: the
+// disk is large enough, and the payload is good.
+func TestRangesRefused(t *testing.T) {
+	t.Run("B6 too many sectors", func(t *testing.T) {
+		disk := &slowRanges{wideDisk: wideDisk{t: t, entered: make(chan struct{}), release: make(chan struct{})}}
+		close(disk.release)
+		r := newRig(t, blk.Config{Disk: disk})
+		r.start(allFeatures, 1, 16)
+		for num, want := range map[uint32]byte{64 << 20 / 512: sOK, 64<<20/512 + 1: sIOErr} {
+			if code, _, _ := r.do(tWriteZeroes, 0, payload(seg{0, num, 0})); code != want {
+				t.Errorf("status %d for %d sectors, want %d", code, num, want)
+			}
+		}
+	})
+	t.Run("B3 data to write", func(t *testing.T) {
+		disk := newThin(diskSize)
+		r := newRig(t, blk.Config{Disk: disk})
+		r.start(allFeatures, 1, 16)
+		for _, kind := range []uint32{tDiscard, tWriteZeroes} {
+			q := r.newRequest(kind, 0, 16)
+			copy(q.bytes(), payload(seg{8, 8, 0}))
+			bufs := q.bufs(false)
+			last := len(bufs) - 1
+			extra := vt.Buf{Addr: 1 << 20, Len: 512, Write: true}
+			if used := r.call(r.d.Rings[0], append(bufs[:last:last], extra, bufs[last])...); q.code() != sIOErr || used != 0 {
+				t.Errorf("type %d: status %d, used length %d; want IOERR, 0", kind, q.code(), used)
+			}
+		}
+		if discards, zeroed, punched := disk.Calls(); discards+zeroed+punched != 0 {
+			t.Error("a refused request has reached the disk")
+		}
+	})
 }
 
 func read(t *testing.T, d blk.Disk) []byte {

@@ -96,6 +96,21 @@ func TestRateReset(t *testing.T) {
 	}
 }
 
+// TestRateZeroes uses up a rate by zeros.
+func TestRateZeroes(t *testing.T) {
+	r := newRig(t, blk.Config{Disk: newMemory(diskSize), ByteRate: blk.Rate{PerSecond: 1, Burst: 1}})
+	r.start(allFeatures, 1, 16)
+	if code, _, _ := r.do(tWriteZeroes, 0, payload(seg{0, 8, 0})); code != sOK {
+		t.Fatalf("status %d", code)
+	}
+	q := r.newRequest(tIn, 0, 512)
+	submit(t, r.d.Rings[0], q.bufs(true))
+	time.Sleep(10 * time.Millisecond)
+	if q.code() != sUntouched {
+		t.Errorf("status %d of a read beyond the rate, want none yet", q.code())
+	}
+}
+
 // TestRatePause stops and starts a queue while it waits for its rate: no request
 // is lost or done twice.
 func TestRatePause(t *testing.T) {
