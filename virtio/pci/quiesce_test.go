@@ -99,7 +99,8 @@ func TestQueueAfterFailedStart(t *testing.T) {
 }
 
 // TestWindowWidth accesses the PCI configuration window with another width than
-// it is set to, which must not reach the register (P12).
+// it is set to, which must not reach the register, and sets it to what it does not
+// reach (P12).
 func TestWindowWidth(t *testing.T) {
 	r := newRig(t, &echo{n: 1})
 	r.start(all)
@@ -116,6 +117,18 @@ func TestWindowWidth(t *testing.T) {
 	}
 	r.f.WriteConfig(window+16, []byte{0, 0, 0, 0})
 	r.want("status", vt.Status, 1, dok)
+	// The vector table is no virtio structure.
+	const table = 0x8000
+	r.f.WriteConfig(window+8, []byte{0, table >> 8, 0, 0})
+	r.f.WriteConfig(window+12, []byte{4, 0, 0, 0})
+	before := r.m.Read(bar+table, 4)
+	if got := r.Config(int(window)+16, 4); got != 0 || before == 0 {
+		t.Errorf("the window shows %#x of the vector table, which holds %#x", got, before)
+	}
+	r.f.WriteConfig(window+16, []byte{1, 2, 3, 4})
+	if got := r.m.Read(bar+table, 4); got != before {
+		t.Errorf("the vector table was written through the window: %#x", got)
+	}
 }
 
 // TestResetDuringQueueReset resets the device while the reset of a queue waits
