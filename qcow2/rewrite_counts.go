@@ -74,9 +74,10 @@ func (m *Image) errNarrow() error {
 }
 
 // follow adds delta references to all in the tree below l1: its L2 tables and what
-// their entries refer to.
+// their entries refer to. It reads no table twice: no disk may have one at two places.
 func (w *rewrite) follow(l1 []uint64, delta int) error {
 	m := w.m
+	var seen metaSet
 	for i, e := range l1 {
 		off, err := m.decodeL1(e, uint64(i))
 		if err != nil {
@@ -87,6 +88,9 @@ func (w *rewrite) follow(l1 []uint64, delta int) error {
 		}
 		if k := m.meta.at(m.cluster(off)); k != metaNone && k != metaL2 && k != metaSharedL2 {
 			return corruptf("L1 entry %d points to %#x, which holds the %s", i, off, k)
+		}
+		if err := seen.claim(&m.geometry, extent{start: m.cluster(off), n: 1}, metaL2); err != nil {
+			return err
 		}
 		if err := w.refer(m.cluster(off), delta); err != nil {
 			return err
@@ -185,7 +189,6 @@ func (w *rewrite) dropOld() error {
 func (w *rewrite) flagTables() error {
 	m := w.m
 	w.l1 = make([]uint64, len(w.to.l1))
-	var seen metaSet
 	for i, e := range w.to.l1 {
 		off, err := m.decodeL1(e, uint64(i))
 		if err != nil {
@@ -202,9 +205,6 @@ func (w *rewrite) flagTables() error {
 			c = w.one()
 			return writeFull(m.file, encodeEntries(nil, table), m.offset(c))
 		}); err != nil {
-			return err
-		}
-		if err := seen.claim(&m.geometry, extent{start: c, n: 1}, metaL2); err != nil {
 			return err
 		}
 		w.l1[i] = m.pointer(c)
