@@ -238,6 +238,9 @@ func (m *Image) markBitmaps() error {
 	if !m.followed.Load() {
 		return nil // by another request, meanwhile
 	}
+	if err := m.usable(); err != nil {
+		return err // the disk does not change any more
+	}
 	rows, err := m.bitmaps.load(m.file)
 	if err != nil {
 		return err

@@ -398,3 +398,27 @@ func TestBitmapsForeign(t *testing.T) {
 		t.Error("something else was changed")
 	}
 }
+
+// TestBitmapsOfCorrupt finds an image corrupt by a read. No write changes its disk
+// then, so the bitmaps stay valid.
+func TestBitmapsOfCorrupt(t *testing.T) {
+	path := withBitmaps(t, CreateOptions{Size: 1 << 20})
+	b := readFile(t, path)
+	put(b, field(b, field(b, offL1Offset)&entryOffset)&entryOffset, 8, entryCopied|0x200)
+	writeFile(t, path, b)
+	m := open(t, path, Options{})
+	_, err := m.ReadAt(make([]byte, 1), 0)
+	_, again := m.WriteAt([]byte{1}, 100<<10)
+	if !errors.Is(err, ErrCorrupt) || !errors.Is(again, ErrCorrupt) {
+		t.Errorf("read: %v, write: %v", err, again)
+	}
+	if err := m.Close(); !errors.Is(err, ErrCorrupt) {
+		t.Error(err)
+	}
+	m = open(t, path, Options{ReadOnly: true})
+	defer closeImage(t, m)
+	all, err := m.Bitmaps()
+	if must(t, err); len(all) != 2 || all[0].InUse || all[1].InUse {
+		t.Errorf("%+v", all)
+	}
+}
