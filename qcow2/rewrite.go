@@ -222,7 +222,7 @@ func (w *rewrite) write() error {
 		if e == 0 {
 			continue
 		}
-		n, err := w.count(e >> m.clusterBits)
+		n, err := w.inUse(e >> m.clusterBits)
 		if err != nil {
 			return err
 		}

@@ -47,14 +47,20 @@ func (w *rewrite) count(c uint64) (uint64, error) {
 	return count(s.b, w.m.refcountOrder, c&(1<<w.counts.perSlice()-1)), nil
 }
 
+// inUse is count for a cluster that is in use, and so counted.
+func (w *rewrite) inUse(c uint64) (uint64, error) {
+	n, err := w.count(c)
+	if err == nil && n == 0 {
+		err = corruptf("the cluster at %#x is in use but has a reference count of zero", w.m.offset(c))
+	}
+	return n, err
+}
+
 // refer adds delta, 1 or -1, to the new count of cluster c, which is in use.
 func (w *rewrite) refer(c uint64, delta int) error {
-	n, err := w.count(c)
+	n, err := w.inUse(c)
 	if err != nil {
 		return err
-	}
-	if n == 0 {
-		return corruptf("the cluster at %#x is in use but has a reference count of zero", w.m.offset(c))
 	}
 	if delta > 0 && n == w.m.maxCount() {
 		return w.m.errNarrow()
@@ -213,13 +219,17 @@ func (w *rewrite) flagTables() error {
 }
 
 // flag sets the COPIED flag of the L2 entry e, which refers to n clusters, to what
-// the new counts say.
-func (w *rewrite) flag(e *uint64, first, _ uint64) error {
-	n, err := w.count(first)
-	if err == nil {
-		*e = withFlag(*e, n == 1 && *e&entryCompressed == 0)
+// the new counts say. It fails if one of them would be free, as it is when the old
+// counts were too low.
+func (w *rewrite) flag(e *uint64, first, n uint64) error {
+	for c := first; c < first+n; c++ {
+		times, err := w.inUse(c)
+		if err != nil {
+			return err
+		}
+		*e = withFlag(*e, times == 1 && *e&entryCompressed == 0)
 	}
-	return err
+	return nil
 }
 
 func withFlag(e uint64, copied bool) uint64 {

@@ -737,6 +737,42 @@ func TestSnapshotRepeatsTable(t *testing.T) {
 	}
 }
 
+// TestSnapshotCountsLie refuses to delete a snapshot where that would free what the
+// disk uses, because its count is too low.
+func TestSnapshotCountsLie(t *testing.T) {
+	const cs = 4096
+	for name, shared := range map[string]func(b []byte, l2 int64) int64{
+		"data":       func(b []byte, l2 int64) int64 { return field(b, l2) & entryOffset / cs },
+		"compressed": func(b []byte, l2 int64) int64 { return field(b, l2+8) & (1<<50 - 1) / cs },
+		"table":      func(b []byte, l2 int64) int64 { return field(b, field(b, offL1Offset)+8) & entryOffset / cs },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := readBack(t, func(m *Image) {
+				p := bytes.Repeat([]byte{7}, cs)
+				must(t, m.WritevAt([][]byte{p}, 0))
+				must(t, m.WriteCompressed(p, cs))
+				must(t, m.WriteCompressed(p, cs/8*cs))
+				must(t, m.PunchHole(cs/8*cs, cs)) // a table without clusters stays shared
+				must(t, changeSnapshot(m, "-c", "s"))
+			}, CreateOptions{Size: 2 * cs / 8 * cs, ClusterSize: cs})
+			c := shared(b, field(b, field(b, offL1Offset))&entryOffset)
+			put(b, field(b, field(b, offRefTable))+c*2, 2, 1)
+			f := &memFile{data: bytes.Clone(b)}
+			m, err := openFile(f, "memory", Options{}, &chain{})
+			must(t, err)
+			if err := changeSnapshot(m, "-d", "s"); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "count of zero") {
+				t.Error(err)
+			}
+			if err := m.Close(); !errors.Is(err, ErrCorrupt) {
+				t.Error(err)
+			}
+			if !bytes.Equal(f.data[c*cs:][:cs], b[c*cs:][:cs]) {
+				t.Error("what the disk uses was changed")
+			}
+		})
+	}
+}
+
 // TestSnapshotExternalData refuses a snapshot of an image with an external data
 // file.
 func TestSnapshotExternalData(t *testing.T) {
