@@ -128,7 +128,7 @@ func (m *Image) erasable(off, n, size int64, how room, shard int) (part int64, b
 // table for them; 0 if there is one.
 func (m *Image) emptyTable(off int64) int64 {
 	i := m.l1Index(m.sliceID(m.cluster(off)))
-	if m.admit() != nil {
+	if m.admit(0) != nil {
 		return 0
 	}
 	defer m.mu.RUnlock()

@@ -67,7 +67,7 @@ type Image struct {
 
 	// mu is the metadata lock. It is never held across input or output,
 	// neither shared nor exclusively, and is the last in the lock order.
-	mu     sync.RWMutex
+	mu     metaLock
 	closed bool // guarded by mu, as is all that follows
 	// gate is not nil while exclusively keeps requests out, and closed when
 	// they may come in again.
@@ -302,26 +302,26 @@ func (m *Image) setCorruptBit() {
 // the pin is left, and the disk's size from changing. It fails if the image is
 // closed. The caller has no other pin; mu is not held.
 func (m *Image) hold(shard int) (*pin, error) {
-	if err := m.admit(); err != nil {
+	if err := m.admit(shard); err != nil {
 		return nil, err
 	}
-	defer m.mu.RUnlock()
+	defer m.mu.RUnlockShard(shard)
 	m.counts.held.Add(1)
 	return m.epochs.enter(shard), nil
 }
 
-// admit takes the shared side of the metadata lock, which the caller gives back,
-// for a request that has no pin yet. It fails if the image is closed and waits
+// admit takes the shared side of the metadata lock in a shard, which the caller
+// gives back, for a request that has no pin yet. It fails if the image is closed and waits
 // while exclusively keeps requests out.
-func (m *Image) admit() error {
+func (m *Image) admit(shard int) error {
 	for {
-		m.mu.RLock()
+		m.mu.RLockShard(shard)
 		gate := m.gate
 		if gate == nil && !m.closed {
 			return nil
 		}
 		closed := m.closed
-		m.mu.RUnlock()
+		m.mu.RUnlockShard(shard)
 		if closed {
 			return m.errClosed()
 		}

@@ -75,10 +75,10 @@ func (m *Image) findOwned(off, n int64, shard int) (span, error) {
 }
 
 func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
-	if err := m.admit(); err != nil {
+	if err := m.admit(shard); err != nil {
 		return span{}, err
 	}
-	defer m.mu.RUnlock()
+	defer m.mu.RUnlockShard(shard)
 	if err := m.checkReach(off, n, shard); err != nil {
 		return span{}, err
 	}

@@ -50,7 +50,7 @@ func TestStats(t *testing.T) {
 	m.mu.RLock()
 	done := make(chan struct{})
 	go func() { m.lock(); m.mu.Unlock(); close(done) }()
-	for m.mu.TryRLock() { // until the writer waits
+	for m.mu.shards[0].TryRLock() { // until the writer waits
 		m.mu.RUnlock()
 	}
 	m.mu.RUnlock()
