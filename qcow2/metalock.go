@@ -1,22 +1,16 @@
 package qcow2
 
-import (
-	"runtime"
-	"sync"
-)
-
-// maxLockShards bounds what the exclusive side of a metaLock costs.
-const maxLockShards = 8
+import "sync"
 
 // lockShards is how many readers of a metaLock can come and go without sharing a
-// cache line: no more than there are processors for.
-var lockShards = min(maxLockShards, runtime.NumCPU())
+// cache line. More would make the exclusive side slower, which takes them all.
+const lockShards = 8
 
 // metaLock is a sync.RWMutex whose shared side is spread over shards, so that
 // requests on different cores do not slow each other where all that they want is
 // to look something up. Who takes the exclusive side takes all shards, in order.
 type metaLock struct {
-	shards [maxLockShards]struct {
+	shards [lockShards]struct {
 		sync.RWMutex
 		_ [104]byte // two cache lines, as processors fetch them in pairs
 	}
@@ -32,20 +26,20 @@ func (l *metaLock) RLock()   { l.RLockShard(0) }
 func (l *metaLock) RUnlock() { l.RUnlockShard(0) }
 
 func (l *metaLock) Lock() {
-	for i := range lockShards {
+	for i := range l.shards {
 		l.shards[i].Lock()
 	}
 }
 
 func (l *metaLock) Unlock() {
-	for i := range lockShards {
+	for i := range l.shards {
 		l.shards[i].Unlock()
 	}
 }
 
 // TryLock is Lock if it need not wait. It reports whether it has the lock.
 func (l *metaLock) TryLock() bool {
-	for i := range lockShards {
+	for i := range l.shards {
 		if !l.shards[i].TryLock() {
 			for ; i > 0; i-- {
 				l.shards[i-1].Unlock()
