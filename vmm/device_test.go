@@ -367,16 +367,17 @@ func TestINTx(t *testing.T) {
 }
 
 // TestResizeDisk lets a disk grow while its guest runs: the guest finds the new
-// capacity, and a block beyond the old end.
+// capacity, and a block beyond the old end. What it did before is counted.
 func TestResizeDisk(t *testing.T) {
 	needKVM(t)
 	const before, after = 64 << 10, 128 << 10
 	var p guesttest.Program
 	d := driver{Program: &p, slot: 2, bar: 0xC001_0000}
 	d.start(d.findCapabilities(), 1)
+	d.request(0, 0, 1, 0, 512, false, 1)
 	p.Print("ready")
 	d.Poll(d.bar+device, 0xFFFF_FFFF, after/512)
-	d.request(0, 0, 1, after/512-1, 512, false, 1)
+	d.request(0, 1, 1, after/512-1, 512, false, 1)
 	p.Print("ok")
 	p.PowerOff()
 	disk := &memDisk{b: make([]byte, before)}
@@ -392,6 +393,12 @@ func TestResizeDisk(t *testing.T) {
 	}
 	go func() {
 		out.waitFor(t, "ready")
+		if stats, err := m.DiskStats(1); err != nil || len(stats) != 1 || stats[0].Writes != 1 || stats[0].BytesWritten != 512 {
+			t.Errorf("%+v, %v", stats, err)
+		}
+		if stats, err := m.DiskStats(2); !errors.Is(err, vmm.ErrConfig) {
+			t.Errorf("of a disk that is not there: %+v, %v", stats, err)
+		}
 		if err := m.ResizeDisk(1, after); !errors.Is(err, blk.ErrConfig) {
 			t.Errorf("a device larger than its disk: %v", err)
 		}

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/virtio"
 	"github.com/calfvm/calf/vmm/internal/kvm"
@@ -24,8 +25,8 @@ const (
 )
 
 // Machine is a virtual machine. AddDisk, Run and Close belong to one goroutine,
-// and Run is called once; PowerButton, ResumeDisks and ResizeDisk may be called
-// from any.
+// and Run is called once; PowerButton, ResumeDisks, ResizeDisk and DiskStats may be
+// called from any.
 type Machine struct {
 	cfg    Config
 	log    *slog.Logger
@@ -270,14 +271,35 @@ func (m *Machine) ResumeDisks() {
 func (m *Machine) ResizeDisk(i int, size int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	b, err := m.block(i)
+	if err != nil {
+		return fmt.Errorf("resize: %w", err)
+	}
+	return b.fn.UpdateConfig(func() error { return b.dev.Resize(size) })
+}
+
+// DiskStats returns what each queue of disk i, counted from 0 as they were added,
+// has done since the guest booted. It may be called from any goroutine once Run has
+// been. Between two boots it fails with ErrNoGuest.
+func (m *Machine) DiskStats(i int) ([]blk.QueueStats, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	b, err := m.block(i)
+	if err != nil {
+		return nil, fmt.Errorf("statistics: %w", err)
+	}
+	return b.dev.Stats(), nil
+}
+
+// block returns the device of disk i. mu is held.
+func (m *Machine) block(i int) (block, error) {
 	if i < 0 || i >= len(m.disks) {
-		return fmt.Errorf("%w: there is no disk %d, only %d disks from 0 on", ErrConfig, i, len(m.disks))
+		return block{}, fmt.Errorf("%w: there is no disk %d, only %d disks from 0 on", ErrConfig, i, len(m.disks))
 	}
 	if m.board == nil {
-		return fmt.Errorf("resize disk %d: %w", i, ErrNoGuest)
+		return block{}, fmt.Errorf("disk %d: %w", i, ErrNoGuest)
 	}
-	b := m.board.blocks[i]
-	return b.fn.UpdateConfig(func() error { return b.dev.Resize(size) })
+	return m.board.blocks[i], nil
 }
 
 // Close frees the machine, which must not be running, and waits until the
