@@ -26,7 +26,7 @@ The verbs take the flags of qemu-img, end with its exit codes and print its JSON
 The format of an image is what -f says, else qcow2 if the name ends in .qcow2, else
 raw: it is never guessed from what the file holds.`,
 		Example: "  calf image create disk.qcow2 10G\n  calf image check disk.qcow2",
-		Args:    cobra.NoArgs,
+		Args:    func(cmd *cobra.Command, args []string) error { return imageError(cobra.NoArgs(cmd, args)) },
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return imageError(err) })
