@@ -249,7 +249,10 @@ func (d *diff) run() {
 
 // snapshot lets either program do the same to the snapshot.
 func (d *diff) snapshot(option string, ours func(m *Image) error) {
-	if d.r.IntN(2) == 0 {
+	// QEMU 7.2 cannot always zero what a disk with subclusters gains over a
+	// backing file when a snapshot of another size is applied.
+	cannot := option == "-a" && d.is(dimExtended, "on") && !d.is(dimBase, "none")
+	if d.r.IntN(2) == 0 && !cannot {
 		qemu(d, "qemu-img", "snapshot", option, "s", d.path)
 		return
 	}
