@@ -115,8 +115,19 @@ func refused(t *testing.T, lines, code int, stdout, stderr string, parts ...stri
 
 func TestHelpHasAnExampleForEachCommand(t *testing.T) {
 	for _, args := range [][]string{
-		{}, {"run"}, {"config"}, {"config", "check"}, {"config", "show"}, {"config", "schema"}, {"version"},
-		{"image"}, {"image", "check"}, {"image", "create"}, {"image", "info"}, {"image", "resize"}, {"image", "snapshot"},
+		{},
+		{"run"},
+		{"config"},
+		{"config", "check"},
+		{"config", "show"},
+		{"config", "schema"},
+		{"version"},
+		{"image"},
+		{"image", "check"},
+		{"image", "create"},
+		{"image", "info"},
+		{"image", "resize"},
+		{"image", "snapshot"},
 	} {
 		for _, help := range []string{"-h", "--help"} {
 			out := mustCalf(t, append(args, help)...)
