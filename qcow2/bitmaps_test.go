@@ -328,13 +328,13 @@ func TestFaultyBitmaps(t *testing.T) {
 		m, err := openFile(f, "memory", Options{}, &chain{})
 		must(t, err)
 		failed := false
-		f.fail = func(this string) error {
+		f.setFail(func(this string) error {
 			if this == op && !failed {
 				failed = true
 				return syscall.EIO
 			}
 			return nil
-		}
+		})
 		if _, err := m.WriteAt([]byte("x"), 0); !errors.Is(err, syscall.EIO) {
 			t.Errorf("%s failed: %v", op, err)
 		}

@@ -198,17 +198,17 @@ func TestCreateFaults(t *testing.T) {
 		total := 1
 		for at := 0; at <= total; at++ {
 			f, n := &memFile{}, 0
-			f.fail = func(string) error {
+			f.setFail(func(string) error {
 				if n++; n == at {
 					return syscall.EIO
 				}
 				return nil
-			}
+			})
 			if err := p.write(f); errors.Is(err, syscall.EIO) != (at > 0) {
 				t.Fatalf("%v, operation %d fails: %v", mode, at, err)
 			}
 			total = max(total, n)
-			f.fail = nil
+			f.setFail(nil)
 			if len(f.data) < 4 || string(f.data[:4]) == "\x00\x00\x00\x00" {
 				continue
 			}

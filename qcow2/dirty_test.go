@@ -92,12 +92,12 @@ func TestOpenDirtyFailures(t *testing.T) {
 	total := 0
 	for at := 0; at <= total; at++ {
 		f, n := &memFile{data: append([]byte(nil), good...)}, 0
-		f.fail = func(string) error {
+		f.setFail(func(string) error {
 			if n++; n == at {
 				return errors.New("broken")
 			}
 			return nil
-		}
+		})
 		m, err := openFile(f, "memory", Options{}, &chain{})
 		if at == 0 {
 			total = n
@@ -108,7 +108,7 @@ func TestOpenDirtyFailures(t *testing.T) {
 		if err == nil {
 			closeImage(t, m)
 		}
-		f.fail = nil
+		f.setFail(nil)
 		m, err = openFile(f, "memory", Options{}, &chain{})
 		must(t, err)
 		closeImage(t, m)

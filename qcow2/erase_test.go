@@ -142,7 +142,7 @@ func TestEraseEntries(t *testing.T) {
 				prepareEntry(t, m, c.before, off)
 				before := entryOf(t, m, off)
 				punched := 0
-				run.f.fail = func(op string) error { punched += b2int(op == "punch"); return nil }
+				run.f.setFail(func(op string) error { punched += b2int(op == "punch"); return nil })
 				model := make([]byte, 4096)
 				if _, err := m.ReadAt(model, off); err != nil {
 					t.Fatal(err)
@@ -503,12 +503,12 @@ func TestEraseHostile(t *testing.T) {
 		for name, target := range map[string]uint64{"header": 1, "itself": uint64(l2), "refcount block": 0x20000, "far away": 0x80000000000000} {
 			f := &memFile{data: append([]byte(nil), good...)}
 			put(f.data, l2, 8, entryCopied|target)
-			f.fail = func(op string) error {
+			f.setFail(func(op string) error {
 				if op == "punch" {
 					t.Error("punched")
 				}
 				return nil
-			}
+			})
 			m, err := openFile(f, "memory", Options{}, &chain{})
 			if err != nil {
 				t.Fatal(err)

@@ -72,7 +72,7 @@ func faultRun(t *testing.T, base *crashRun, w workload, seed uint64, bad fault) 
 	run.f.rec = false
 	run.m = run.open(t, run.f, false)
 	ops, hit, told := 0, "", false
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if ops++; !bad.hits(ops, op) {
 			return nil
 		}
@@ -84,10 +84,10 @@ func faultRun(t *testing.T, base *crashRun, w workload, seed uint64, bad fault) 
 		// flush tries the same again.
 		told = told || op == "punch" || op == "truncate" || inBackground()
 		return bad.errno
-	}
+	})
 	run.tolerate = func(err error) bool { told = true; return known(err) }
 	run.play(t, w, rand.New(rand.NewPCG(seed, 1)))
-	run.f.fail = nil
+	run.f.setFail(nil)
 	run.sound(t, "in memory")
 	run.reopened(t, "killed")
 	if err := run.close(); err == nil {
@@ -149,16 +149,16 @@ func TestFailedSyncStays(t *testing.T) {
 	if _, err := m.WriteAt(b, 0); err != nil {
 		t.Fatal(err)
 	}
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "sync" {
 			return syscall.EIO
 		}
 		return nil
-	}
+	})
 	if err := m.Flush(); !errors.Is(err, syscall.EIO) {
 		t.Errorf("flush: %v", err)
 	}
-	run.f.fail = nil
+	run.f.setFail(nil)
 	before := len(run.f.log)
 	if err := m.Flush(); !errors.Is(err, ErrFlushFailed) || !errors.Is(err, syscall.EIO) {
 		t.Errorf("second flush: %v", err)
@@ -184,12 +184,12 @@ func TestSyncAfterFailedSync(t *testing.T) {
 	m := run.open(t, run.f, false)
 	blocking := &blockingFile{file: m.file, stuck: make(chan struct{}), release: make(chan struct{})}
 	m.file = blocking
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "sync" && run.f.syncs == 1 {
 			return syscall.EIO
 		}
 		return nil
-	}
+	})
 	done := make(chan error, 2)
 	go func() { done <- m.datasync() }()
 	<-blocking.stuck
@@ -215,16 +215,16 @@ func TestCountsAfterFailedCommit(t *testing.T) {
 	m.refs.mu.Lock()
 	m.refs.slices.Purge() // nothing in it is dirty before the first commit
 	m.refs.mu.Unlock()
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "read" {
 			return syscall.EIO
 		}
 		return nil
-	}
+	})
 	if err := m.Flush(); !errors.Is(err, syscall.EIO) {
 		t.Errorf("flush: %v", err)
 	}
-	run.f.fail = nil
+	run.f.setFail(nil)
 	must(t, m.Flush())
 	if v := checkImage(run.f.data); len(v.corruptions) > 0 {
 		t.Error(v)

@@ -234,17 +234,17 @@ func TestCheckEnds(t *testing.T) {
 	}
 	f := &memFile{data: plainImage(t), fail: nil}
 	total := 0
-	f.fail = func(string) error { total++; return nil }
+	f.setFail(func(string) error { total++; return nil })
 	_, err := checkIn(t.Context(), f, "memory", CheckOptions{})
 	must(t, err)
 	for at := 1; at <= total; at++ {
 		n := 0
-		f.fail = func(string) error {
+		f.setFail(func(string) error {
 			if n++; n == at {
 				return errors.New("broken")
 			}
 			return nil
-		}
+		})
 		if _, err := checkIn(t.Context(), f, "memory", CheckOptions{}); err == nil {
 			t.Errorf("failure %d of %d was ignored", at, total)
 		}

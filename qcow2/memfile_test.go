@@ -70,6 +70,13 @@ func (e *event) apply(image []byte) []byte {
 	return image
 }
 
+// setFail sets fail, also while a commit runs in the background.
+func (f *memFile) setFail(fail func(op string) error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.fail = fail
+}
+
 // check decides whether the operation fails. mu is held.
 func (f *memFile) check(op string) error {
 	if f.image != nil {

@@ -341,7 +341,7 @@ func TestCoalesce(t *testing.T) {
 		t.Fatal(err)
 	}
 	calls := map[string]int{}
-	run.f.fail = func(op string) error { calls[op]++; return nil }
+	run.f.setFail(func(op string) error { calls[op]++; return nil })
 	for _, c := range []struct {
 		name string
 		do   func() error
@@ -360,7 +360,7 @@ func TestCoalesce(t *testing.T) {
 			t.Errorf("%s: calls %s", c.name, d)
 		}
 	}
-	run.f.fail = nil
+	run.f.setFail(nil)
 	closeImage(t, m)
 }
 

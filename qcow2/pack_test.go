@@ -484,16 +484,16 @@ func TestPackAbandon(t *testing.T) {
 		return n
 	}
 	before := free()
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "write" {
 			return syscall.ENOSPC
 		}
 		return nil
-	}
+	})
 	if err := m.WriteCompressed(bytes.Repeat([]byte{1}, 4096), 4096); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("on a full disk: %v", err)
 	}
-	run.f.fail = nil
+	run.f.setFail(nil)
 	m.sealPacker()
 	if n := free(); n != before || len(m.packer.held) > 0 {
 		t.Errorf("%d clusters are free, %d were, %d held", n, before, len(m.packer.held))

@@ -157,16 +157,16 @@ func failEach(t *testing.T, start []byte, path string, kept func(t *testing.T, m
 		m, err := openFile(f, path, Options{}, &chain{})
 		must(t, err)
 		n := 0
-		f.fail = func(op string) error {
+		f.setFail(func(op string) error {
 			if op != "read" && op != "sync" && op != "size" {
 				if n++; n == at {
 					return syscall.ENOSPC
 				}
 			}
 			return nil
-		}
+		})
 		err = errors.Join(work(m), m.Flush())
-		f.fail = nil
+		f.setFail(nil)
 		if at == 1 && !errors.Is(err, syscall.ENOSPC) { // later ones may be favours, like holes
 			t.Fatalf("the failure was hidden: %v", err)
 		}
@@ -312,18 +312,18 @@ func TestRegressionCHEvictionLosesTable(t *testing.T) {
 		must(t, m.Discard(off, 512))
 		clear(want[off : off+512])
 	}
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "write" {
 			return syscall.ENOSPC
 		}
 		return nil
-	}
+	})
 	if err := m.Flush(); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("flush: %v", err)
 	}
 	has(t, m, 5*slice, want[5*slice:]) // takes all of the cache that it can get
 	has(t, m, 0, want)
-	run.f.fail = nil
+	run.f.setFail(nil)
 	must(t, m.Flush())
 	has(t, afterKill(t, run, run.f), 0, want)
 	sound(t, m, run.f)
@@ -504,12 +504,12 @@ func TestRegressionCHPunchFails(t *testing.T) {
 		run, m := inMemory(t, CreateOptions{Size: 256 << 10, ClusterSize: 4096, Version: 2}, nil)
 		write(t, m, 0, all(1, 128<<10))
 		must(t, m.Flush())
-		run.f.fail = func(op string) error {
+		run.f.setFail(func(op string) error {
 			if op == "punch" {
 				return errno
 			}
 			return nil
-		}
+		})
 		end := len(run.f.data)
 		must(t, m.Discard(0, 64<<10))
 		has(t, m, 0, make([]byte, 64<<10))
@@ -520,16 +520,16 @@ func TestRegressionCHPunchFails(t *testing.T) {
 		if len(run.f.data) > end {
 			t.Errorf("%v: the file grew from %d to %d bytes", errno, end, len(run.f.data))
 		}
-		run.f.fail = func(op string) error {
+		run.f.setFail(func(op string) error {
 			if op == "write" {
 				return unix.EIO
 			}
 			return nil
-		}
+		})
 		if err := m.WriteZeroes(100<<10+5, 100); !errors.Is(err, unix.EIO) {
 			t.Errorf("zeros that were not written: %v", err)
 		}
-		run.f.fail = nil
+		run.f.setFail(nil)
 		sound(t, m, run.f)
 	}
 }
@@ -756,12 +756,12 @@ func TestRegressionQEMUStaleContents(t *testing.T) {
 	run, m := inMemory(t, CreateOptions{Size: 64 << 10, ClusterSize: 4096, Version: 2}, nil)
 	write(t, m, 0, all(0x55, 64<<10)) // the secret
 	must(t, m.Flush())
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "punch" {
 			return unix.EOPNOTSUPP
 		}
 		return nil
-	}
+	})
 	must(t, errors.Join(m.Discard(0, 64<<10), m.Flush(), m.Flush(), m.Flush()))
 	held, release := holdData(t, m, 4096)
 	done := make(chan error, 1)

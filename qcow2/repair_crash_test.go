@@ -149,7 +149,7 @@ func (p *patient) crash(t *testing.T, mode RepairMode) {
 	readable, faults := p.sameData(p.b) == nil, len(checkImage(p.b).corruptions)
 	run := &crashRun{start: p.b, f: &memFile{data: append([]byte(nil), p.b...), rec: true}}
 	ops := 0
-	run.f.fail = func(string) error { ops++; return nil }
+	run.f.setFail(func(string) error { ops++; return nil })
 	before, after, err := repairIn(t.Context(), run.f, "memory", mode, CheckOptions{})
 	if err != nil || before.Clean() || !after.Clean() {
 		t.Fatalf("%+v, then %+v (%v)", before, after, err)
@@ -176,13 +176,13 @@ func (p *patient) crash(t *testing.T, mode RepairMode) {
 	for at := 1; at <= ops; at++ {
 		f := &memFile{data: append([]byte(nil), p.b...)}
 		n, hit := 0, ""
-		f.fail = func(op string) error {
+		f.setFail(func(op string) error {
 			if n++; n == at {
 				hit = op
 				return syscall.EIO
 			}
 			return nil
-		}
+		})
 		// The host need not take back what it is offered.
 		if _, _, err := repairIn(t.Context(), f, "memory", mode, CheckOptions{}); (err == nil) != (hit == "punch") {
 			t.Errorf("operation %d, a %s, failed: %v", at, hit, err)

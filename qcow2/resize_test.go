@@ -257,7 +257,7 @@ func TestResizeFailed(t *testing.T) {
 			must(t, m.WritevAt([][]byte{stamps(0, 150, 2)}, 0))
 			must(t, m.Flush())
 			before, length, changes := allocatedIn(t, run), len(run.f.data), 0
-			run.f.fail = func(op string) error {
+			run.f.setFail(func(op string) error {
 				if op == "write" || op == "allocate" {
 					changes++
 				}
@@ -265,9 +265,9 @@ func TestResizeFailed(t *testing.T) {
 					return syscall.ENOSPC
 				}
 				return nil
-			}
+			})
 			err := m.Resize(t.Context(), size, ResizeOptions{Preallocation: mode})
-			run.f.fail = nil
+			run.f.setFail(nil)
 			if half == 1<<30 {
 				must(t, err)
 				half = changes / 2
@@ -308,11 +308,11 @@ func TestResizeAgain(t *testing.T) {
 	must(t, m.WritevAt([][]byte{model}, 0))
 	must(t, m.Flush())
 	ctx, cancel := context.WithCancel(t.Context())
-	run.f.fail = func(string) error { cancel(); return nil }
+	run.f.setFail(func(string) error { cancel(); return nil })
 	if err := m.Resize(ctx, 1000<<10, ResizeOptions{Shrink: true}); !errors.Is(err, context.Canceled) || m.Size() != 1000<<10 {
 		t.Errorf("size %d, %v", m.Size(), err)
 	}
-	run.f.fail = nil
+	run.f.setFail(nil)
 	if n := len(run.f.data); n < 2<<20 {
 		t.Errorf("the file was cut off at %d bytes nevertheless", n)
 	}
@@ -334,12 +334,12 @@ func TestResizeCancelled(t *testing.T) {
 	run := newRun(t, workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 512}})
 	m := run.open(t, run.f, false)
 	ctx, cancel := context.WithCancel(t.Context())
-	run.f.fail = func(op string) error {
+	run.f.setFail(func(op string) error {
 		if op == "allocate" {
 			cancel()
 		}
 		return nil
-	}
+	})
 	if err := m.Resize(ctx, 4<<20, ResizeOptions{Preallocation: PreallocateFalloc}); !errors.Is(err, context.Canceled) || m.Size() != 1<<20 {
 		t.Errorf("grow: size %d, %v", m.Size(), err)
 	}

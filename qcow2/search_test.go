@@ -19,16 +19,16 @@ func TestSearchKeeps(t *testing.T) {
 	closeImage(t, m)
 	f := &memFile{data: append([]byte(nil), run.f.data...)}
 	m = run.open(t, f, false)
-	f.fail = func(op string) error {
+	f.setFail(func(op string) error {
 		if op == "read" && m.refs.cursor >= 512 {
 			return syscall.EIO
 		}
 		return nil
-	}
+	})
 	if err := m.refill(); !errors.Is(err, syscall.EIO) {
 		t.Fatalf("refill: %v", err)
 	}
-	f.fail = nil
+	f.setFail(nil)
 	if !m.pool.has(1) {
 		t.Errorf("nothing is left of the clusters below %d", m.refs.cursor)
 	}

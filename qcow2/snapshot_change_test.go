@@ -530,15 +530,15 @@ func faultySnapshot(t *testing.T, start []byte, from, to saved, how, name string
 	m, err := openFile(f, "memory", Options{}, &chain{})
 	must(t, err)
 	ops, hit := 0, ""
-	f.fail = func(op string) error {
+	f.setFail(func(op string) error {
 		if ops++; bad.hits(ops, op) {
 			hit = op
 			return bad.errno
 		}
 		return nil
-	}
+	})
 	err = changeSnapshot(m, how, name)
-	f.fail = nil
+	f.setFail(nil)
 	if err == nil && hit != "" && hit != "punch" {
 		t.Errorf("nobody was told that a %s failed", hit)
 	}

@@ -228,7 +228,7 @@ func record(t testing.TB, w workload, r *rand.Rand, noBarrier func(site string) 
 		run.fillDisk(w.fails, rand.New(rand.NewPCG(r.Uint64(), 1)))
 	}
 	run.play(t, w, r)
-	run.f.fail = nil
+	run.f.setFail(nil)
 	must(t, run.close())
 	run.noLeaks(t)
 	return run
@@ -246,12 +246,12 @@ func (run *crashRun) noLeaks(t testing.TB) {
 // room.
 func (run *crashRun) fillDisk(percent int, r *rand.Rand) {
 	run.tolerate = known
-	run.f.fail = func(op string) error { // under the file's lock
+	run.f.setFail(func(op string) error { // under the file's lock
 		if op != "read" && op != "sync" && op != "size" && r.IntN(100) < percent {
 			return syscall.ENOSPC
 		}
 		return nil
-	}
+	})
 }
 
 // play runs the workload's steps on the open image.
@@ -453,11 +453,11 @@ func (w *worker) reopen() error {
 	m, failed := run.openIn(run.f, run.opts)
 	if failed != nil {
 		fail := run.f.fail
-		run.f.fail = nil
+		run.f.setFail(nil)
 		if m, err = run.openIn(run.f, run.opts); err != nil {
 			return err
 		}
-		run.f.fail = fail
+		run.f.setFail(fail)
 	}
 	run.m = m
 	return errors.Join(err, failed)
