@@ -25,14 +25,16 @@ const (
 // way that excludes ours.
 var ErrLocked = errors.New("image is in use by another process")
 
-// lockImage takes the open-file-description locks of a reader or a writer of
-// the image fd. Closing fd gives them up.
-func lockImage(fd int, readOnly bool) error {
-	used := []int64{permRead, permWrite, permResize}
-	if readOnly {
+// lockImage takes the open-file-description locks that opts ask for on the image
+// fd. Closing fd gives them up.
+func lockImage(fd int, opts RawOptions) error {
+	used, denied := []int64{permRead, permWrite, permResize}, []int64{permWrite, permResize}
+	switch {
+	case opts.ForceShare:
+		used, denied = used[:1], nil
+	case opts.ReadOnly:
 		used = used[:1]
 	}
-	denied := []int64{permWrite, permResize}
 	for _, n := range used {
 		if err := lockByte(fd, lockUsed+n); err != nil {
 			return err

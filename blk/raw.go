@@ -19,6 +19,9 @@ type RawOptions struct {
 	// ReadOnly opens the disk for reading only, which others may do at the
 	// same time.
 	ReadOnly bool
+	// ForceShare opens it for reading only beside a process that writes to it,
+	// whose changes may show in part.
+	ForceShare bool
 	// Direct moves data between memory and the disk without the host's page
 	// cache (O_DIRECT). What the host cannot move so, because of its alignment,
 	// goes through a buffer.
@@ -60,6 +63,7 @@ var (
 // OpenRaw opens the regular file or block device at path as it is, whatever its
 // content looks like, and locks it.
 func OpenRaw(path string, opts RawOptions) (*Raw, error) {
+	opts.ReadOnly = opts.ReadOnly || opts.ForceShare
 	flags := unix.O_RDWR
 	if opts.ReadOnly {
 		flags = unix.O_RDONLY
@@ -77,7 +81,7 @@ func OpenRaw(path string, opts RawOptions) (*Raw, error) {
 		return nil, fmt.Errorf("open raw disk %s: %w", path, err)
 	}
 	r := &Raw{path: path, fd: fd, readOnly: opts.ReadOnly, flushes: newFlushes()}
-	if err := r.prepare(opts.Direct); err != nil {
+	if err := r.prepare(opts); err != nil {
 		return nil, errors.Join(fmt.Errorf("open raw disk %s: %w", path, err), unix.Close(fd))
 	}
 	return r, nil
@@ -92,7 +96,7 @@ func openFile(path string, flags int) (fd int, err error) {
 }
 
 // prepare checks what has been opened, locks it and measures it.
-func (r *Raw) prepare(isDirect bool) error {
+func (r *Raw) prepare(opts RawOptions) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(r.fd, &st); err != nil {
 		return err
@@ -104,7 +108,7 @@ func (r *Raw) prepare(isDirect bool) error {
 	default:
 		return errors.New("it is neither a regular file nor a block device")
 	}
-	if err := lockImage(r.fd, r.readOnly); err != nil {
+	if err := lockImage(r.fd, opts); err != nil {
 		return err
 	}
 	end, err := unix.Seek(r.fd, 0, unix.SEEK_END)
@@ -113,7 +117,7 @@ func (r *Raw) prepare(isDirect bool) error {
 	}
 	r.length.Store(end)
 	r.size.Store((end + SectorSize - 1) &^ (SectorSize - 1))
-	if err := r.measureRanges(&st); err != nil || !isDirect {
+	if err := r.measureRanges(&st); err != nil || !opts.Direct {
 		return err
 	}
 	if r.direct, err = measureDirect(r.fd, end); err != nil {

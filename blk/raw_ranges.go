@@ -176,3 +176,26 @@ func (r *Raw) allocate(mode uint32, off, n int64) error {
 func unsupported(err error) bool {
 	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.ENOTTY)
 }
+
+// Extent tells whether the beginning of the n bytes at off, which lie on the disk,
+// is a hole, which reads as zero without being read, and for how many bytes it is
+// so. Where the host does not tell, all is data.
+func (r *Raw) Extent(off, n int64) (hole bool, length int64) {
+	data, err := unix.Seek(r.fd, off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO): // there is no data from here on
+		return true, n
+	case err != nil || data < off:
+		return false, n
+	case data > off:
+		return true, min(n, data-off)
+	}
+	end, err := unix.Seek(r.fd, off, unix.SEEK_HOLE)
+	if err != nil || end <= off {
+		return false, n
+	}
+	if end >= r.length.Load() {
+		end = max(end, r.Size()) // the rest of the last sector is no hole of its own
+	}
+	return false, min(n, end-off)
+}

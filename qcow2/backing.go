@@ -110,7 +110,7 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 		return nil, err
 	}
 	if format == "raw" {
-		return c.openRaw(f, target)
+		return c.openRaw(f, target, opts)
 	}
 	opts.ReadOnly, opts.Snapshot = true, ""
 	return asBacking(openLocked(f, target, opts, c))
@@ -133,10 +133,10 @@ func asBacking(m *Image, err error) (backing, error) {
 	return m, nil
 }
 
-func (c *chain) openRaw(f *os.File, path string) (backing, error) {
+func (c *chain) openRaw(f *os.File, path string, opts Options) (backing, error) {
 	err := c.enter(f, path)
 	if err == nil {
-		err = lockImage(f, path, false)
+		err = lockImage(f, path, readAccess(opts.ForceShare))
 	}
 	r := &rawBacking{file: newOSFile(f), path: path}
 	if err == nil {

@@ -56,6 +56,9 @@ type CheckOptions struct {
 	// data in clusters of 64 KiB. An image that needs more is refused with
 	// ErrUnsupported.
 	MemoryBytes int64
+	// ForceShare checks the image beside a process that writes to it, whose
+	// changes under way look like faults. A repair refuses it.
+	ForceShare bool
 }
 
 const defaultCheckMemory = 1 << 30
@@ -74,7 +77,7 @@ func Check(ctx context.Context, path string, opts CheckOptions) (*CheckResult, e
 	if err != nil {
 		return nil, err
 	}
-	if err := lockImage(f, path, false); err != nil {
+	if err := lockImage(f, path, readAccess(opts.ForceShare)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	of := newOSFile(f)

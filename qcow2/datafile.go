@@ -40,7 +40,8 @@ func (m *Image) openData(h *header, name string, opts Options, c *chain) error {
 	err = c.enter(f, target)
 	c.dir = dir // the image's, from which the name of its backing file counts
 	if err == nil {
-		err = lockImage(f, target, !m.readOnly)
+		opts.ReadOnly = m.readOnly
+		err = lockImage(f, target, accessOf(opts))
 	}
 	if err != nil {
 		return errors.Join(err, f.Close())

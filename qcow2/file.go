@@ -29,6 +29,9 @@ type file interface {
 	Truncate(size int64) error
 	// Size is the length in bytes.
 	Size() (int64, error)
+	// Extent tells whether the beginning of [off, off+n) is a hole, which reads
+	// as zero, and how long it is so.
+	Extent(off, n int64) (hole bool, length int64)
 	Close() error
 }
 
@@ -79,6 +82,24 @@ func (o *osFile) Size() (int64, error) {
 	// A block device: its size is where its end is. All other input and
 	// output is positional, so moving the cursor disturbs nothing.
 	return o.f.Seek(0, 2)
+}
+
+// Extent takes all for data where the file system does not tell.
+func (o *osFile) Extent(off, n int64) (hole bool, length int64) {
+	data, err := o.f.Seek(off, unix.SEEK_DATA)
+	switch {
+	case errors.Is(err, unix.ENXIO): // there is no data from here on
+		return true, n
+	case err != nil || data < off:
+		return false, n
+	case data > off:
+		return true, min(n, data-off)
+	}
+	end, err := o.f.Seek(off, unix.SEEK_HOLE)
+	if err != nil || end <= off {
+		return false, n
+	}
+	return false, min(n, end-off)
 }
 
 func (o *osFile) Close() error { return o.f.Close() }

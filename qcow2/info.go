@@ -38,12 +38,18 @@ type Info struct {
 
 // Inspect returns what the image at path says of itself, also if it has features
 // that Open refuses. It opens nothing but the image, and locks it like a reader.
-func Inspect(path string) (*Info, error) {
+func Inspect(path string) (*Info, error) { return inspectFile(path, accessRead) }
+
+// InspectShared is Inspect for an image that another process may be writing to: see
+// Options.ForceShare.
+func InspectShared(path string) (*Info, error) { return inspectFile(path, accessForced) }
+
+func inspectFile(path string, a access) (*Info, error) {
 	f, err := openRegular(path, os.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
-	if err := lockImage(f, path, false); err != nil {
+	if err := lockImage(f, path, a); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	m := &Image{path: path, file: newOSFile(f)}

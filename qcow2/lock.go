@@ -26,16 +26,47 @@ const (
 	permResize         = 3
 )
 
-// lockImage locks f, which is opened for writing iff writable. A writer uses
-// and denies to others writing and resizing; a reader denies them the same, so
-// that readers share with readers only. It returns an error of kind ErrLocked
-// if another process has f open in a way that contradicts this.
-func lockImage(f *os.File, path string, writable bool) error {
-	used := []int64{permConsistentRead}
-	if writable {
-		used = append(used, permWrite, permResize)
+// access says what an open image is for.
+type access uint8
+
+const (
+	// accessRead shares the image with readers only.
+	accessRead access = iota
+	// accessWrite shares it with nobody who reads or writes.
+	accessWrite
+	// accessForced reads it beside a writer, whose changes may show in part.
+	accessForced
+)
+
+// accessOf is the access of an image that is opened with opts.
+func accessOf(opts Options) access {
+	switch {
+	case opts.ForceShare:
+		return accessForced
+	case opts.ReadOnly:
+		return accessRead
 	}
-	denied := []int64{permWrite, permResize}
+	return accessWrite
+}
+
+// readAccess is accessRead, or accessForced if forced.
+func readAccess(forced bool) access {
+	return accessOf(Options{ReadOnly: true, ForceShare: forced})
+}
+
+// lockImage locks f, which is opened for writing iff that is its access. A writer
+// uses and denies to others writing and resizing; a reader denies them the same,
+// so that readers share with readers only; a forced one denies nothing. It returns
+// an error of kind ErrLocked if another process has f open in a way that
+// contradicts this.
+func lockImage(f *os.File, path string, a access) error {
+	used, denied := []int64{permConsistentRead}, []int64{permWrite, permResize}
+	switch a {
+	case accessWrite:
+		used = append(used, permWrite, permResize)
+	case accessForced:
+		denied = nil
+	}
 	for _, n := range used {
 		if err := shareByte(f, permBase+n); err != nil {
 			return lockError(path, err)

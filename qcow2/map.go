@@ -125,6 +125,11 @@ func (m *Image) mapBacking(r Mapping) (Mapping, error) {
 	return under, nil
 }
 
+// mapAt takes the holes of a raw file for zero ranges.
 func (r *rawBacking) mapAt(off, n int64) (Mapping, error) {
-	return Mapping{Offset: off, Length: n, Kind: MapData, Path: r.path, HostOffset: off}, nil
+	hole, length := r.file.Extent(off, n)
+	if hole {
+		return Mapping{Offset: off, Length: length, Kind: MapZero, Path: r.path}, nil
+	}
+	return Mapping{Offset: off, Length: length, Kind: MapData, Path: r.path, HostOffset: off}, nil
 }

@@ -268,6 +268,8 @@ func (f *memFile) Punch(off, n int64) error {
 }
 
 // Allocate has nothing to reserve but may fail.
+func (f *memFile) Extent(_, n int64) (hole bool, length int64) { return false, n }
+
 func (f *memFile) Allocate(off, n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

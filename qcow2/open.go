@@ -17,6 +17,11 @@ const DefaultL2CacheBytes = 32 << 20
 type Options struct {
 	// ReadOnly opens the image for reading. Other readers may share it.
 	ReadOnly bool
+	// ForceShare opens the image and its backing files for reading beside a
+	// process that writes to them. What that changes meanwhile may show in part,
+	// and what it has not written yet does not show, so that the image may seem
+	// broken.
+	ForceShare bool
 	// Snapshot, if not empty, is the ID or the name of an internal snapshot of
 	// the image: the disk is what it was then, of the size it had, over the
 	// same backing file, for reading only, whether ReadOnly is set or not. An
@@ -71,7 +76,7 @@ func Open(path string, opts Options) (*Image, error) {
 // openChain opens the image at path as the first layer of c.
 func openChain(path string, opts Options, c *chain) (*Image, error) {
 	c.dirs = resolveDirs(opts.BackingDirs)
-	opts.ReadOnly = opts.ReadOnly || opts.Snapshot != ""
+	opts.ReadOnly = opts.ReadOnly || opts.Snapshot != "" || opts.ForceShare
 	flags := os.O_RDWR
 	if opts.ReadOnly {
 		flags = os.O_RDONLY
@@ -88,7 +93,7 @@ func openLocked(f *os.File, path string, opts Options, c *chain) (*Image, error)
 	if err := c.enter(f, path); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	if err := lockImage(f, path, !opts.ReadOnly); err != nil {
+	if err := lockImage(f, path, accessOf(opts)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	hf, err := newFile(f, path, opts)

@@ -41,11 +41,14 @@ const repairPasses = 8
 // The image is locked like a writer's. It is written to only if there is
 // something to mend. opts limit each check. Canceling ctx ends the repair.
 func Repair(ctx context.Context, path string, mode RepairMode, opts CheckOptions) (before, after *CheckResult, err error) {
+	if opts.ForceShare {
+		return nil, nil, &Error{Path: path, Kind: ErrInvalidOption, What: "an image that others may use cannot be repaired"}
+	}
 	f, err := openRegular(path, os.O_RDWR)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := lockImage(f, path, true); err != nil {
+	if err := lockImage(f, path, accessWrite); err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
 	of := newOSFile(f)

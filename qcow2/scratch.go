@@ -44,7 +44,7 @@ func openBase(base, format string, opts Options, c *chain) (backing, error) {
 		if err != nil {
 			return nil, err
 		}
-		return c.openRaw(f, base)
+		return c.openRaw(f, base, opts)
 	}
 	return nil, &Error{Path: base, Kind: ErrInvalidOption, What: fmt.Sprintf("the format %q is not one of qcow2 and raw", format)}
 }
