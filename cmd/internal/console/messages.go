@@ -32,6 +32,9 @@ func NewMessages(f *os.File) *Messages {
 	}
 }
 
+// IsTerminal reports whether somebody may be watching.
+func (m *Messages) IsTerminal() bool { return m.isTerminal }
+
 func (m *Messages) setRaw(raw bool) { m.raw.Store(raw && m.isTerminal) }
 
 func (m *Messages) Write(p []byte) (int, error) {

@@ -1,0 +1,183 @@
+package image
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/qcow2"
+)
+
+// Disk is what an open image of either format is. All methods but Close are safe
+// for concurrent use.
+type Disk interface {
+	blk.Disk
+	blk.ZeroWriter
+	blk.Discarder
+	io.Closer
+
+	// Map returns what the n bytes at off are, in order and without gaps. Of a
+	// raw image what is a hole in its file is qcow2.MapZero.
+	Map(off, n int64) iter.Seq2[qcow2.Mapping, error]
+}
+
+var (
+	_ Disk = (*qcow2.Image)(nil)
+	_ Disk = (*rawDisk)(nil)
+)
+
+// OpenOptions say how to open an image. The zero value opens it for writing.
+type OpenOptions struct {
+	Format   string // QCOW2 or Raw; empty means what FormatOf says of the name
+	ReadOnly bool
+	// ForceShare opens it for reading beside a process that writes to it.
+	ForceShare bool
+	// Cache is one of qemu-img's cache modes, CacheWriteback if it is empty.
+	Cache string
+	// Snapshot is the internal snapshot to open, for reading, by its ID or name.
+	Snapshot string
+	// NoBacking refuses a backing file; BackingDirs are where one may lie beside
+	// the directory of the image that names it.
+	NoBacking   bool
+	BackingDirs []string
+	// CompressionLevel is that of qcow2.Options.
+	CompressionLevel int
+}
+
+// qemu-img's cache modes.
+const (
+	CacheWriteback    = "writeback"
+	CacheWritethrough = "writethrough"
+	CacheNone         = "none"
+	CacheDirectsync   = "directsync"
+	CacheUnsafe       = "unsafe"
+)
+
+// cacheMode says what a cache mode means.
+type cacheMode struct {
+	direct  bool // past the host's page cache
+	through bool // a write is stable when it returns
+	unsafe  bool // a flush does nothing
+}
+
+var cacheModes = map[string]cacheMode{
+	CacheWriteback:    {},
+	CacheWritethrough: {through: true},
+	CacheNone:         {direct: true},
+	CacheDirectsync:   {direct: true, through: true},
+	CacheUnsafe:       {unsafe: true},
+}
+
+// over returns the disk d, which is opened for the mode, in the mode.
+func (c cacheMode) over(d Disk) Disk {
+	switch {
+	case c.through:
+		return throughDisk{d}
+	case c.unsafe:
+		return unsafeDisk{d}
+	}
+	return d
+}
+
+// Image is an open image.
+type Image struct {
+	Disk // obeys the cache mode
+
+	Path, Format string
+	QCOW2        *qcow2.Image // what Disk writes to; nil if the image is raw
+}
+
+// Open opens the image at path. The caller has to close it.
+func Open(path string, o OpenOptions) (*Image, error) {
+	format, err := FormatOf(path, o.Format)
+	if err != nil {
+		return nil, err
+	}
+	mode, ok := cacheModes[o.Cache]
+	if !ok && o.Cache != "" {
+		return nil, fmt.Errorf("the cache mode %q is not one of writeback, writethrough, none, directsync and unsafe", o.Cache)
+	}
+	d, q, err := openDisk(path, format, o, mode.direct)
+	if err != nil {
+		return nil, err
+	}
+	return &Image{Disk: mode.over(d), Path: path, Format: format, QCOW2: q}, nil
+}
+
+func openDisk(path, format string, o OpenOptions, direct bool) (Disk, *qcow2.Image, error) {
+	if format == Raw {
+		if o.Snapshot != "" {
+			return nil, nil, fmt.Errorf("%s: a raw image has no snapshots", path)
+		}
+		d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Direct: direct})
+		if err != nil {
+			return nil, nil, err
+		}
+		return &rawDisk{Raw: d, path: path}, nil, nil
+	}
+	q, err := qcow2.Open(path, qcow2.Options{
+		ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
+		NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, DataFile: true,
+		Direct: direct, CompressionLevel: o.CompressionLevel,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	return q, q, nil
+}
+
+// rawDisk is a raw image that can be mapped.
+type rawDisk struct {
+	*blk.Raw
+	path string
+}
+
+// Map implements Disk.
+func (r *rawDisk) Map(off, n int64) iter.Seq2[qcow2.Mapping, error] {
+	return func(yield func(qcow2.Mapping, error) bool) {
+		if off < 0 || n < 0 || off > r.Size()-n {
+			yield(qcow2.Mapping{}, blk.ErrBounds)
+			return
+		}
+		for end := off + n; off < end; {
+			next := qcow2.Mapping{Offset: off, Kind: qcow2.MapData, Path: r.path, HostOffset: off}
+			hole, length := r.Extent(off, end-off)
+			if hole {
+				next.Kind, next.HostOffset = qcow2.MapZero, 0
+			}
+			next.Length = length
+			if !yield(next, nil) {
+				return
+			}
+			off += length
+		}
+	}
+}
+
+// throughDisk makes each change of a disk stable before it returns.
+type throughDisk struct{ Disk }
+
+func (d throughDisk) then(err error) error {
+	if err != nil {
+		return err
+	}
+	return d.Flush()
+}
+
+func (d throughDisk) WritevAt(iov [][]byte, off int64) error {
+	return d.then(d.Disk.WritevAt(iov, off))
+}
+func (d throughDisk) WriteZeroes(off, n int64) error { return d.then(d.Disk.WriteZeroes(off, n)) }
+func (d throughDisk) PunchHole(off, n int64) error   { return d.then(d.Disk.PunchHole(off, n)) }
+func (d throughDisk) Discard(off, n int64) error     { return d.then(d.Disk.Discard(off, n)) }
+
+// unsafeDisk acknowledges flushes without doing them. Closing it still leaves a
+// sound image.
+type unsafeDisk struct{ Disk }
+
+func (unsafeDisk) Flush() error { return nil }
+
+// closing joins what closing c says to *err, at the end of a function.
+func closing(c io.Closer, err *error) { *err = errors.Join(*err, c.Close()) }
