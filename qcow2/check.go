@@ -59,6 +59,9 @@ type CheckOptions struct {
 	// ForceShare checks the image beside a process that writes to it, whose
 	// changes under way look like faults. A repair refuses it.
 	ForceShare bool
+	// Direct reads and writes the image past the host's page cache, as by
+	// Options.Direct.
+	Direct bool
 }
 
 const defaultCheckMemory = 1 << 30
@@ -80,9 +83,12 @@ func Check(ctx context.Context, path string, opts CheckOptions) (*CheckResult, e
 	if err := lockImage(f, path, readAccess(opts.ForceShare)); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	of := newOSFile(f)
-	r, err := checkIn(ctx, of, path, opts)
-	return r, errors.Join(inFile(path, err), of.Close())
+	hf, err := newFile(f, path, Options{Direct: opts.Direct})
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	r, err := checkIn(ctx, hf, path, opts)
+	return r, errors.Join(inFile(path, err), hf.Close())
 }
 
 // checkIn checks the image in f, which is locked.

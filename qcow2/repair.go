@@ -51,9 +51,12 @@ func Repair(ctx context.Context, path string, mode RepairMode, opts CheckOptions
 	if err := lockImage(f, path, accessWrite); err != nil {
 		return nil, nil, errors.Join(err, f.Close())
 	}
-	of := newOSFile(f)
-	before, after, err = repairIn(ctx, of, path, mode, opts)
-	return before, after, errors.Join(inFile(path, err), of.Close())
+	hf, err := newFile(f, path, Options{Direct: opts.Direct})
+	if err != nil {
+		return nil, nil, errors.Join(err, f.Close())
+	}
+	before, after, err = repairIn(ctx, hf, path, mode, opts)
+	return before, after, errors.Join(inFile(path, err), hf.Close())
 }
 
 // repairIn repairs the image in f, which is locked for writing.

@@ -28,20 +28,57 @@ raw: it is never guessed from what the file holds.`,
 		Args:    func(cmd *cobra.Command, args []string) error { return imageError(cobra.NoArgs(cmd, args)) },
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return imageError(err) })
-	for _, verb := range []*cobra.Command{newImageCreate(), newImageInfo(), newImageCheck(), newImageResize(), newImageSnapshot()} {
-		run := verb.RunE
-		verb.RunE = func(cmd *cobra.Command, args []string) error {
-			ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
-			defer stop()
-			cmd.SetContext(ctx)
-			return imageError(run(cmd, args))
+	cmd.SetFlagErrorFunc(flagError)
+	for _, group := range imageVerbs() {
+		if len(group.verbs) > 0 {
+			cmd.AddGroup(&cobra.Group{ID: group.title, Title: group.title})
 		}
-		args := verb.Args
-		verb.Args = func(cmd *cobra.Command, a []string) error { return imageError(args(cmd, a)) }
-		cmd.AddCommand(verb)
+		for _, verb := range group.verbs {
+			verb.GroupID = group.title
+			addVerb(cmd, verb)
+		}
+	}
+	for name, instead := range otherVerbs {
+		cmd.AddCommand(newOtherVerb(name, instead))
 	}
 	return cmd
+}
+
+// verbGroup are verbs that belong together in the help.
+type verbGroup struct {
+	title string
+	verbs []*cobra.Command
+}
+
+func imageVerbs() []verbGroup {
+	return []verbGroup{
+		{"To make and change images:", []*cobra.Command{
+			newImageCreate(),
+			newImageResize(),
+			newImageSnapshot(),
+		}},
+		{"To look into them:", []*cobra.Command{
+			newImageInfo(),
+			newImageCheck(),
+		}},
+		{"To copy and merge them:", nil},
+		{"To use and measure them:", nil},
+	}
+}
+
+// addVerb adds a verb to cmd. It is done until a signal ends it, and what goes
+// wrong with it ends calf as qemu-img ends.
+func addVerb(cmd, verb *cobra.Command) {
+	refuseFlags(verb)
+	run, args := verb.RunE, verb.Args
+	verb.RunE = func(cmd *cobra.Command, args []string) error {
+		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+		defer stop()
+		cmd.SetContext(ctx)
+		return imageError(run(cmd, args))
+	}
+	verb.Args = func(cmd *cobra.Command, a []string) error { return imageError(args(cmd, a)) }
+	cmd.AddCommand(verb)
 }
 
 // imageError gives err the exit code of a verb, if it has none.
@@ -73,6 +110,11 @@ func inJSON(output string) (bool, error) {
 	return false, fmt.Errorf("--output is human or json, not %q", output)
 }
 
+// forceShareFlag defines -U.
+func forceShareFlag(cmd *cobra.Command, share *bool) {
+	cmd.Flags().BoolVarP(share, "force-share", "U", false, "read the image even if a program writes to it")
+}
+
 // openFlags are the flags of verbs that open images with the files they lie over.
 type openFlags struct {
 	cache       string
@@ -87,7 +129,7 @@ func (o *openFlags) define(cmd *cobra.Command, reads bool) {
 	flags.StringVarP(&o.cache, "cache", "t", image.CacheWriteback, "cache mode: writeback, writethrough, none, directsync or unsafe")
 	flags.StringArrayVar(&o.backingDirs, "backing-dir", nil, "directory in which a backing file may lie, beside that of the image")
 	if reads {
-		flags.BoolVarP(&o.forceShare, "force-share", "U", false, "read the image even if a program writes to it")
+		forceShareFlag(cmd, &o.forceShare)
 	}
 }
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -13,6 +14,7 @@ func newImageCheck() *cobra.Command {
 	var (
 		format, output, repair string
 		quiet                  bool
+		opts                   image.CheckOptions
 	)
 	cmd := &cobra.Command{
 		Use:   "check FILE",
@@ -33,25 +35,22 @@ is corrupt, 3 if it has leaks only, and 63 if its format cannot be checked.`,
 			if err != nil {
 				return err
 			}
-			var mode *qcow2.RepairMode
-			switch repair {
-			case "":
-			case "leaks":
-				mode = new(qcow2.RepairLeaks)
-			case "all":
-				mode = new(qcow2.RepairAll)
-			default:
-				return fmt.Errorf("-r is leaks or all, not %q", repair)
+			if opts.Repair, err = repairMode(repair); err != nil {
+				return err
 			}
-			report, code, err := image.Check(cmd.Context(), args[0], f, mode)
-			if err != nil {
-				return exitError{code: code, message: err.Error()}
+			report, code, failed := image.Check(cmd.Context(), args[0], f, opts)
+			if err := report.Findings(cmd.ErrOrStderr()); err != nil {
+				return err
 			}
 			switch {
+			case quiet:
 			case asJSON:
 				err = printJSON(cmd.OutOrStdout(), report)
-			case !quiet:
+			case failed == nil:
 				err = report.Text(cmd.OutOrStdout())
+			}
+			if failed != nil {
+				return exitError{code: code, message: errors.Join(failed, err).Error()}
 			}
 			if err == nil && code != image.CheckClean {
 				err = exitError{code: code}
@@ -61,7 +60,23 @@ is corrupt, 3 if it has leaks only, and 63 if its format cannot be checked.`,
 	}
 	formatFlag(cmd, &format)
 	outputFlag(cmd, &output)
-	cmd.Flags().StringVarP(&repair, "repair", "r", "", "what to mend: leaks or all")
-	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
+	forceShareFlag(cmd, &opts.ForceShare)
+	flags := cmd.Flags()
+	flags.StringVarP(&repair, "repair", "r", "", "what to mend: leaks or all")
+	flags.StringVarP(&opts.Cache, "cache", "T", image.CacheWriteback, "cache mode: none and directsync read past the host's page cache")
+	flags.BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
 	return cmd
+}
+
+// repairMode reads the value of -r.
+func repairMode(repair string) (*qcow2.RepairMode, error) {
+	switch repair {
+	case "":
+		return nil, nil
+	case "leaks":
+		return new(qcow2.RepairLeaks), nil
+	case "all":
+		return new(qcow2.RepairAll), nil
+	}
+	return nil, fmt.Errorf("-r is leaks or all, not %q", repair)
 }

@@ -9,7 +9,7 @@ import (
 func newImageInfo() *cobra.Command {
 	var (
 		format, output string
-		chain          bool
+		chain, share   bool
 	)
 	cmd := &cobra.Command{
 		Use:     "info FILE",
@@ -27,7 +27,7 @@ func newImageInfo() *cobra.Command {
 				return err
 			}
 			if chain {
-				infos, err := image.Chain(args[0], f)
+				infos, err := image.Chain(args[0], image.OpenOptions{Format: f, ForceShare: share})
 				if err != nil {
 					return err
 				}
@@ -36,7 +36,7 @@ func newImageInfo() *cobra.Command {
 				}
 				return image.Tree(cmd.OutOrStdout(), infos)
 			}
-			i, err := image.Inspect(args[0], f)
+			i, err := inspectImage(args[0], f, share)
 			if err != nil {
 				return err
 			}
@@ -47,7 +47,16 @@ func newImageInfo() *cobra.Command {
 		},
 	}
 	formatFlag(cmd, &format)
+	forceShareFlag(cmd, &share)
 	outputFlag(cmd, &output)
 	cmd.Flags().BoolVar(&chain, "backing-chain", false, "follow the backing files, too")
 	return cmd
+}
+
+// inspectImage looks at the image at path, shared with a writer if it is to be.
+func inspectImage(path, format string, share bool) (*image.Info, error) {
+	if share {
+		return image.InspectShared(path, format)
+	}
+	return image.Inspect(path, format)
 }

@@ -13,6 +13,7 @@ func newImageSnapshot() *cobra.Command {
 	var (
 		format string
 		list   bool
+		share  bool
 		quiet  bool
 		names  [3]string
 	)
@@ -41,13 +42,21 @@ make the disk what it was when one was made, or delete one. NAME is its name or 
 					what = i
 				}
 			}
-			if what < 0 {
-				return image.ListSnapshots(cmd.OutOrStdout(), args[0])
+			switch {
+			case what < 0:
+				i, err := inspectImage(args[0], f, share)
+				if err != nil {
+					return err
+				}
+				return image.ListSnapshots(cmd.OutOrStdout(), i)
+			case share:
+				return errors.New("-U is for a list: an image that others use cannot be changed")
 			}
 			return image.ChangeSnapshot(cmd.Context(), args[0], verbs[what], names[what])
 		},
 	}
 	formatFlag(cmd, &format)
+	forceShareFlag(cmd, &share)
 	flags := cmd.Flags()
 	flags.BoolVarP(&list, "list", "l", false, "list the snapshots, which is what it does without a flag")
 	flags.StringVarP(&names[0], "create", "c", "", "make a snapshot with this name")

@@ -37,21 +37,24 @@ type CheckReport struct {
 	findings []qcow2.Finding
 }
 
-// Check checks the image at path, after a repair if mode is not nil. It returns
-// the exit code that goes with the report, which is nil if there is none.
-func Check(ctx context.Context, path, format string, mode *qcow2.RepairMode) (*CheckReport, int, error) {
-	if format == Raw {
-		return nil, CheckUnsupported, fmt.Errorf("%s: a raw image has nothing to check", path)
-	}
+// CheckOptions say how to check an image.
+type CheckOptions struct {
+	Repair *qcow2.RepairMode // nil to change nothing
+	// ForceShare checks the image beside a process that writes to it.
+	ForceShare bool
+	// Cache is that of OpenOptions.
+	Cache string
+}
+
+// Check checks the image at path, after a repair if there is to be one. It returns
+// the exit code that goes with the report. A report beside an error says only that
+// the image could not be checked.
+func Check(ctx context.Context, path, format string, o CheckOptions) (*CheckReport, int, error) {
 	r := &CheckReport{Filename: path, Format: format}
-	result, err := r.run(ctx, mode)
-	if err != nil {
-		return nil, failure(err), err
-	}
-	r.Corruptions, r.Leaks, r.ImageEnd = result.Corruptions, result.Leaks, result.ImageEnd
-	r.Total, r.Allocated, r.Fragmented, r.Compressed = result.Total, result.Allocated, result.Fragmented, result.Compressed
-	r.findings = result.Findings
+	err := r.run(ctx, o)
 	switch {
+	case err != nil:
+		return &CheckReport{Filename: path, Format: format, CheckErrors: 1}, failure(err), err
 	case r.Corruptions > 0:
 		return r, CheckCorrupt, nil
 	case r.Leaks > 0:
@@ -60,12 +63,37 @@ func Check(ctx context.Context, path, format string, mode *qcow2.RepairMode) (*C
 	return r, CheckClean, nil
 }
 
-// run checks or repairs, and counts what was repaired.
-func (r *CheckReport) run(ctx context.Context, mode *qcow2.RepairMode) (*qcow2.CheckResult, error) {
-	if mode == nil {
-		return qcow2.Check(ctx, r.Filename, qcow2.CheckOptions{})
+// run checks the image and fills in the report.
+func (r *CheckReport) run(ctx context.Context, o CheckOptions) error {
+	mode, err := parseCache(o.Cache)
+	if err != nil {
+		return err
 	}
-	before, after, err := qcow2.Repair(ctx, r.Filename, *mode, qcow2.CheckOptions{})
+	if r.Format == Raw {
+		return fmt.Errorf("%s: a raw image has nothing to check: %w", r.Filename, errors.ErrUnsupported)
+	}
+	opts := qcow2.CheckOptions{ForceShare: o.ForceShare, Direct: mode.direct}
+	var result *qcow2.CheckResult
+	if o.Repair == nil {
+		result, err = qcow2.Check(ctx, r.Filename, opts)
+	} else {
+		result, err = r.repair(ctx, *o.Repair, opts)
+	}
+	if err != nil {
+		return err
+	}
+	r.Corruptions, r.Leaks, r.ImageEnd = result.Corruptions, result.Leaks, result.ImageEnd
+	r.Total, r.Allocated, r.Fragmented, r.Compressed = result.Total, result.Allocated, result.Fragmented, result.Compressed
+	r.findings = result.Findings
+	return nil
+}
+
+// repair repairs the image and counts what was repaired.
+func (r *CheckReport) repair(ctx context.Context, mode qcow2.RepairMode, opts qcow2.CheckOptions) (*qcow2.CheckResult, error) {
+	if opts.ForceShare {
+		return nil, fmt.Errorf("%s: a repair changes the image, which -U lets others write to meanwhile: use one of -r and -U", r.Filename)
+	}
+	before, after, err := qcow2.Repair(ctx, r.Filename, mode, opts)
 	if err != nil {
 		return nil, err
 	}
@@ -75,37 +103,49 @@ func (r *CheckReport) run(ctx context.Context, mode *qcow2.RepairMode) (*qcow2.C
 }
 
 func failure(err error) int {
-	if errors.Is(err, qcow2.ErrUnsupported) {
+	if errors.Is(err, qcow2.ErrUnsupported) || errors.Is(err, errors.ErrUnsupported) {
 		return CheckUnsupported
 	}
 	return CheckFailed
 }
 
-// Text writes the report for people.
-func (r *CheckReport) Text(w io.Writer) error {
+// Findings writes what was found, a line for each finding: those that begin with
+// ERROR may cost data, those that begin with Leaked only room.
+func (r *CheckReport) Findings(w io.Writer) error {
 	p := printer{w: w}
+	word := map[qcow2.FindingKind]string{qcow2.Corruption: "ERROR", qcow2.Leak: "Leaked"}
 	for _, f := range r.findings {
-		p.f("%s: %s\n", f.Kind, f.What)
+		p.f("%s: %s\n", word[f.Kind], f.What)
 	}
 	if unseen := r.Corruptions + r.Leaks - int64(len(r.findings)); unseen > 0 {
 		p.f("and %d more\n", unseen)
 	}
+	return p.err
+}
+
+// Text writes the report but for the findings in qemu-img's lines.
+func (r *CheckReport) Text(w io.Writer) error {
+	p := printer{w: w}
 	if r.CorruptionsFixed+r.LeaksFixed > 0 {
-		p.f("The repair mended %d corruptions and %d leaks.\n", r.CorruptionsFixed, r.LeaksFixed)
+		p.f("The following inconsistencies were found and repaired:\n\n    %d leaked clusters\n    %d corruptions\n\n"+
+			"Double checking the fixed image now...\n", r.LeaksFixed, r.CorruptionsFixed)
 	}
-	switch {
-	case r.Corruptions > 0:
-		p.f("%d corruptions and %d leaks were found on the image: data may be lost.\n", r.Corruptions, r.Leaks)
-	case r.Leaks > 0:
-		p.f("%d leaked clusters were found on the image: they cost space and harm no data.\n", r.Leaks)
-	default:
+	if r.Corruptions+r.Leaks == 0 {
 		p.f("No errors were found on the image.\n")
+	}
+	if r.Corruptions > 0 {
+		p.f("\n%d errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n", r.Corruptions)
+	}
+	if r.Leaks > 0 {
+		p.f("\n%d leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n", r.Leaks)
 	}
 	if r.Allocated > 0 {
 		p.f("%d/%d = %.2f%% allocated, %.2f%% fragmented, %.2f%% compressed clusters\n", r.Allocated, r.Total,
 			percent(r.Allocated, r.Total), percent(r.Fragmented, r.Allocated), percent(r.Compressed, r.Allocated))
 	}
-	p.f("Image end offset: %d\n", r.ImageEnd)
+	if r.ImageEnd > 0 {
+		p.f("Image end offset: %d\n", r.ImageEnd)
+	}
 	return p.err
 }
 

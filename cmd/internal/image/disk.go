@@ -70,6 +70,15 @@ var cacheModes = map[string]cacheMode{
 	CacheUnsafe:       {unsafe: true},
 }
 
+// parseCache reads a cache mode by its name, which may be empty for the default.
+func parseCache(name string) (cacheMode, error) {
+	mode, ok := cacheModes[name]
+	if !ok && name != "" {
+		return mode, fmt.Errorf("the cache mode %q is not one of writeback, writethrough, none, directsync and unsafe", name)
+	}
+	return mode, nil
+}
+
 // over returns the disk d, which is opened for the mode, in the mode.
 func (c cacheMode) over(d Disk) Disk {
 	switch {
@@ -95,9 +104,9 @@ func Open(path string, o OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	mode, ok := cacheModes[o.Cache]
-	if !ok && o.Cache != "" {
-		return nil, fmt.Errorf("the cache mode %q is not one of writeback, writethrough, none, directsync and unsafe", o.Cache)
+	mode, err := parseCache(o.Cache)
+	if err != nil {
+		return nil, err
 	}
 	d, q, err := openDisk(path, format, o, mode.direct)
 	if err != nil {

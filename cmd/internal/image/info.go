@@ -73,20 +73,34 @@ type bitmap struct {
 
 // Inspect returns what is to be known of the image at path. It opens nothing else.
 func Inspect(path, format string) (*Info, error) {
+	return inspect(path, OpenOptions{Format: format})
+}
+
+// InspectShared is Inspect for an image that another process may be writing to.
+func InspectShared(path, format string) (*Info, error) {
+	return inspect(path, OpenOptions{Format: format, ForceShare: true})
+}
+
+// inspect looks at the image at path, of the format in o, with the sharing in o.
+func inspect(path string, o OpenOptions) (*Info, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
-	i := &Info{Filename: path, Format: format, ActualSize: st.Sys().(*syscall.Stat_t).Blocks * 512}
-	if format == Raw {
-		d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: true})
+	i := &Info{Filename: path, Format: o.Format, ActualSize: st.Sys().(*syscall.Stat_t).Blocks * 512}
+	if o.Format == Raw {
+		d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: true, ForceShare: o.ForceShare})
 		if err != nil {
 			return nil, err
 		}
 		i.VirtualSize = d.Size()
 		return i, d.Close()
 	}
-	q, err := qcow2.Inspect(path)
+	look := qcow2.Inspect
+	if o.ForceShare {
+		look = qcow2.InspectShared
+	}
+	q, err := look(path)
 	if err != nil {
 		return nil, err
 	}
@@ -143,20 +157,20 @@ func specific(q *qcow2.Info) qcow2Info {
 
 // Chain returns what is to be known of the image at path and of each that lies
 // under it, as the images name them.
-func Chain(path, format string) ([]*Info, error) {
+func Chain(path string, o OpenOptions) ([]*Info, error) {
 	const most = 64
 	var chain []*Info
 	for path != "" {
 		if len(chain) == most {
 			return nil, errors.New("the chain of backing files is longer than 64, or goes in circles")
 		}
-		i, err := Inspect(path, format)
+		i, err := inspect(path, o)
 		if err != nil {
 			return nil, err
 		}
 		chain = append(chain, i)
-		path, format = i.FullBacking, i.BackingFormat
-		if path != "" && format != QCOW2 && format != Raw {
+		path, o.Format = i.FullBacking, i.BackingFormat
+		if path != "" && o.Format != QCOW2 && o.Format != Raw {
 			return nil, errors.New(i.Filename + ": it does not say that its backing file is qcow2 or raw, and formats are not guessed")
 		}
 	}

@@ -38,14 +38,13 @@ func ChangeSnapshot(ctx context.Context, path string, verb SnapshotVerb, name st
 	return verb(ctx, m, name)
 }
 
-// ListSnapshots writes a table of the snapshots of the image at path, nothing if
-// there are none. It opens nothing but the image.
-func ListSnapshots(w io.Writer, path string) error {
-	info, err := qcow2.Inspect(path)
-	if err != nil || len(info.Snapshots) == 0 {
-		return err
+// ListSnapshots writes a table of the snapshots of an image, nothing if there are
+// none.
+func ListSnapshots(w io.Writer, i *Info) error {
+	if len(i.Snapshots) == 0 {
+		return nil
 	}
 	p := printer{w: w}
-	p.snapshots(info.Snapshots)
+	p.snapshots(i.image.Snapshots)
 	return p.err
 }

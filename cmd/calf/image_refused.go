@@ -1,0 +1,86 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spf13/cobra"
+)
+
+// refusedFlag is a flag of a verb of qemu-img that ours does not have. Whoever
+// uses it is told what to do instead.
+type refusedFlag struct {
+	name, short string
+	takesValue  bool
+	instead     string
+}
+
+// refusedFlags are the flags of each verb that are refused by name; those of all
+// verbs are under "". A verb that has a flag is not refused it.
+var refusedFlags = map[string][]refusedFlag{
+	"": {
+		{"image-opts", "", false, "name the file, with its format by -f"},
+		{"object", "", true, "nothing here takes an object of QEMU: encrypted images are not supported"},
+		{"trace", "", true, "there are no trace points"},
+		{"version", "V", false, "run: calf version"},
+	},
+	"convert": {
+		{"target-image-opts", "", false, "name the target, with its format by -O"},
+	},
+}
+
+// otherVerbs are the verbs of qemu-img that calf image does not have, with what
+// to do instead.
+var otherVerbs = map[string]string{
+	"amend": "make an image with other options by calf image convert -o, or change its size by calf image resize and its backing file by calf image rebase",
+	"dd":    "copy a whole image by calf image convert; the disk of a raw image is the file itself, of which dd copies any part",
+}
+
+// refuseFlags defines the flags that verb refuses.
+func refuseFlags(verb *cobra.Command) {
+	flags := verb.Flags()
+	for _, r := range append(refusedFlags[verb.Name()], refusedFlags[""]...) {
+		if flags.Lookup(r.name) != nil {
+			continue
+		}
+		if r.short != "" && flags.ShorthandLookup(r.short) != nil {
+			r.short = ""
+		}
+		f := flags.VarPF(r, r.name, r.short, "")
+		f.Hidden = true
+		if !r.takesValue {
+			f.NoOptDefVal = "true"
+		}
+	}
+}
+
+// newOtherVerb is the verb of qemu-img by the name, which does nothing.
+func newOtherVerb(name, instead string) *cobra.Command {
+	return &cobra.Command{
+		Use: name, Hidden: true, DisableFlagParsing: true,
+		RunE: func(*cobra.Command, []string) error {
+			return imageError(fmt.Errorf("calf image has no %s: %s", name, instead))
+		},
+	}
+}
+
+// refusal is the error of a flag that is refused.
+type refusal struct{ refusedFlag }
+
+func (r refusal) Error() string {
+	return fmt.Sprintf("--%s is not supported: %s", r.name, r.instead)
+}
+
+// Set implements pflag.Value: it fails.
+func (r refusedFlag) Set(string) error { return refusal{r} }
+func (refusedFlag) String() string     { return "" }
+func (refusedFlag) Type() string       { return "" }
+
+// flagError is what is wrong with the flags of a verb. A flag that is refused
+// says so itself, whatever its value.
+func flagError(_ *cobra.Command, err error) error {
+	if r, ok := errors.AsType[refusal](err); ok {
+		err = r
+	}
+	return imageError(err)
+}
