@@ -96,21 +96,11 @@ func (r *rig) call(ring *virtiotest.Ring, bufs ...virtiotest.Buf) (used uint32) 
 // wait waits for the next completion by interrupt, as a driver does.
 func (r *rig) wait(ring *virtiotest.Ring) (head uint16, used uint32) {
 	r.tb.Helper()
-	line := r.m.Line(lineBase + 1 + uint32(ring.Index))
-	timeout := time.After(10 * time.Second)
-	for {
-		if head, n, ok := ring.TakeUsed(); ok {
-			return head, n
-		}
-		if ring.Arm() {
-			continue
-		}
-		select {
-		case <-line.Raised():
-		case <-timeout:
-			r.tb.Fatalf("no interrupt for queue %d; status %#x", ring.Index, r.d.Get(virtiotest.Status, 1))
-		}
+	head, used, ok := ring.Wait(r.m.Line(lineBase+1+uint32(ring.Index)), 10*time.Second)
+	if !ok {
+		r.tb.Fatalf("no interrupt for queue %d; status %#x", ring.Index, r.d.Get(virtiotest.Status, 1))
 	}
+	return head, used
 }
 
 // request is the guest memory of one request.

@@ -12,6 +12,7 @@ import (
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/virtio"
 	"github.com/calfvm/calf/virtio/pci"
+	"github.com/calfvm/calf/virtio/rng"
 	"github.com/calfvm/calf/vmm/internal/acpi"
 	"github.com/calfvm/calf/vmm/internal/kvm"
 )
@@ -61,7 +62,7 @@ func newBoard(m *Machine) (*board, error) {
 		{"created the devices", b.createDevices},
 		{"loaded the kernel", b.load},
 		{"created the vCPUs", b.createVCPUs},
-		{"created the disks", b.createDisks}, // of a guest that restarts
+		{"created the virtio devices", b.createVirtio}, // of a guest that restarts
 	}
 	for _, step := range steps {
 		if err := step.do(); err != nil {
@@ -134,7 +135,7 @@ func (b *board) createVM() error {
 	return err
 }
 
-// createDevices makes everything but the disks.
+// createDevices makes everything but the virtio devices.
 func (b *board) createDevices() error {
 	com1, err := newLine(b.vm, gsiCOM1)
 	if err != nil {
@@ -165,11 +166,15 @@ func (b *board) createDevices() error {
 	return b.vm.CoalescePIO(portCOM1)
 }
 
-func (b *board) createDisks() error {
+// createVirtio puts the disks on the PCI bus, in order, and the entropy device.
+func (b *board) createVirtio() error {
 	for _, d := range b.m.disks {
 		if err := b.createDisk(d); err != nil {
 			return err
 		}
+	}
+	if _, err := b.plug(b.pci.freeFunction(), new(rng.Device)); err != nil {
+		return fmt.Errorf("entropy device: %w", err)
 	}
 	return nil
 }
@@ -200,25 +205,32 @@ func (b *board) createDisk(d Disk) (err error) {
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)
 	}
-	fn, err := pci.New(pciHost{b}, b.mem, bootMarker{dev, b.markBooted}, pci.Options{Logger: b.m.log, Line: b.pci.line()})
+	slot, err := b.pci.freeSlot()
 	if err != nil {
 		return err
 	}
-	b.onClose(fn.Close)
-	base, err := b.pci.allocateBAR(pci.BARSize)
+	fn, err := b.plug(slot, bootMarker{dev, b.markBooted})
 	if err != nil {
-		return err
-	}
-	if err := fn.AssignBAR(0, base); err != nil {
-		return err
-	}
-	if err := b.pci.plug(fn); err != nil {
 		return err
 	}
 	b.m.mu.Lock()
 	defer b.m.mu.Unlock()
 	b.blocks = append(b.blocks, block{dev, fn})
 	return nil
+}
+
+// plug makes dev the function devfn of the PCI bus.
+func (b *board) plug(devfn int, dev virtio.Device) (*pci.Transport, error) {
+	fn, err := pci.New(pciHost{b}, b.mem, dev, pci.Options{Logger: b.m.log, Line: b.pci.line(devfn)})
+	if err != nil {
+		return nil, err
+	}
+	b.onClose(fn.Close)
+	if err := fn.AssignBAR(0, bar(devfn)); err != nil {
+		return nil, err
+	}
+	b.pci.functions[devfn] = fn
+	return fn, nil
 }
 
 // block is a disk as its guest sees it.

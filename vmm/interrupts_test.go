@@ -10,11 +10,9 @@ import (
 func TestSharedLine(t *testing.T) {
 	var got []string
 	bus := newPCIBus(func(gsi, level uint32) { got = append(got, fmt.Sprintf("%d:%d", gsi, level)) })
-	a := bus.line()
-	bus.nextSlot += pciLines
-	b := bus.line()
-	bus.nextSlot++
-	other := bus.line()
+	a := bus.line(1 * functionsPerSlot)
+	b := bus.line((1+pciLines)*functionsPerSlot + 3)
+	other := bus.line((2 + pciLines) * functionsPerSlot)
 	a.Set(true)
 	b.Set(true)
 	other.Set(true)

@@ -11,12 +11,13 @@ import (
 
 // pciBus is bus 0: configuration space by way of both the CF8/CFC ports (PCI
 // Local Bus 3.0, 3.2.2.3.2) and the mapped window (PCI Express 5.0, 7.2.2),
-// and addresses for the functions on it. Slot 0 is the host bridge.
+// and addresses for the functions on it. Slot 0 has the host bridge and the devices
+// that every machine has; disks have a slot each.
 type pciBus struct {
 	functions [slots * functionsPerSlot]pci.Function
 	lines     [pciLines]sharedLine // pin INTA of slot n is wired to line n%pciLines
 	nextSlot  int
-	nextBAR   guest.GPA
+	nextOwn   int // function of slot 0
 
 	mu      sync.Mutex // guards address
 	address uint32     // the CONFIG_ADDRESS register
@@ -30,7 +31,7 @@ const (
 
 // newPCIBus makes a bus whose lines raise interrupts by setLine.
 func newPCIBus(setLine func(gsi, level uint32)) *pciBus {
-	b := &pciBus{nextSlot: 1, nextBAR: pciWindow}
+	b := &pciBus{nextSlot: 1, nextOwn: 1}
 	b.functions[0] = hostBridge{}
 	for i := range b.lines {
 		b.lines[i].set = func(level uint32) { setLine(uint32(gsiPCI+i), level) } //nolint:gosec // G115: below 24
@@ -41,29 +42,39 @@ func newPCIBus(setLine func(gsi, level uint32)) *pciBus {
 // slotGSI is the interrupt of pin INTA of a slot.
 func slotGSI(slot int) uint32 { return uint32(gsiPCI + slot%pciLines) }
 
-// line is what pin INTA of the function plugged next is wired to.
-func (b *pciBus) line() *sharedLine { return &b.lines[b.nextSlot%pciLines] }
-
-// plug puts fn into the next free slot.
-func (b *pciBus) plug(fn pci.Function) error {
+// freeSlot takes the next free slot, and returns its function 0.
+func (b *pciBus) freeSlot() (devfn int, err error) {
 	if b.nextSlot == slots {
-		return fmt.Errorf("%w: the PCI bus takes %d disks", ErrConfig, MaxDisks)
+		return 0, fmt.Errorf("%w: the PCI bus takes %d disks", ErrConfig, MaxDisks)
 	}
-	b.functions[b.nextSlot*functionsPerSlot] = fn
 	b.nextSlot++
-	return nil
+	return (b.nextSlot - 1) * functionsPerSlot, nil
 }
 
-// allocateBAR returns the address of size bytes of the window, aligned to
-// size, which is a power of two.
-func (b *pciBus) allocateBAR(size uint64) (guest.GPA, error) {
-	base := (b.nextBAR + guest.GPA(size-1)) &^ guest.GPA(size-1)
-	if base+guest.GPA(size) > pciWindow+pciWinSize {
-		return 0, fmt.Errorf("no room for %d bytes in the PCI window of %d MiB", size, pciWinSize>>20)
+// freeFunction takes the next free function of slot 0.
+func (b *pciBus) freeFunction() (devfn int) {
+	if b.nextOwn == functionsPerSlot {
+		panic("BUG: slot 0 of the PCI bus is full")
 	}
-	b.nextBAR = base + guest.GPA(size)
-	return base, nil
+	b.nextOwn++
+	return b.nextOwn - 1
 }
+
+// line is what pin INTA of a function is wired to.
+func (b *pciBus) line(devfn int) *sharedLine { return &b.lines[devfn/functionsPerSlot%pciLines] }
+
+// bar is the address of BAR 0 of a function that may be plugged: of those of the
+// slots in order, then of those of slot 0.
+func bar(devfn int) guest.GPA {
+	i := devfn/functionsPerSlot - 1
+	if i < 0 {
+		i = slots - 1 + devfn
+	}
+	return pciWindow + guest.GPA(i*pci.BARSize)
+}
+
+// All of them lie in the window.
+const _ = uint64(pciWinSize - (slots-1+functionsPerSlot)*pci.BARSize)
 
 // access finds the function that devfn names and whether the access is one
 // that configuration space allows: naturally aligned, at most 4 bytes.
@@ -150,6 +161,7 @@ func (hostBridge) ReadConfig(off uint16, p []byte) {
 	binary.LittleEndian.PutUint16(header[0x00:], 0x1B36) // Red Hat, Inc.
 	binary.LittleEndian.PutUint16(header[0x02:], 0x0008) // generic PCIe host bridge
 	header[0x0B] = 0x06                                  // bridge; subclass 0, host
+	header[0x0E] = 0x80                                  // there are more functions
 	clear(p)
 	if int(off) < len(header) {
 		copy(p, header[off:])

@@ -2,6 +2,7 @@ package virtiotest
 
 import (
 	"encoding/binary"
+	"time"
 
 	"github.com/calfvm/calf/guest"
 	"github.com/calfvm/calf/virtio"
@@ -200,6 +201,25 @@ func (r *Ring) Arm() (pending bool) {
 		r.SetAvailFlags(0)
 	}
 	return r.lastUsed != r.UsedIdx()
+}
+
+// Wait is TakeUsed, which waits for the interrupt on line. ok is false if there is
+// none within the timeout.
+func (r *Ring) Wait(line *Line, timeout time.Duration) (head uint16, n uint32, ok bool) {
+	late := time.After(timeout)
+	for {
+		if head, n, ok := r.TakeUsed(); ok {
+			return head, n, true
+		}
+		if r.Arm() {
+			continue
+		}
+		select {
+		case <-line.Raised():
+		case <-late:
+			return 0, 0, false
+		}
+	}
 }
 
 // Free is how many descriptors are free.

@@ -87,6 +87,9 @@ func TestDevice(t *testing.T) {
 		echo disks=$(ls -d /sys/block/vd* | wc -l)
 		echo queues=$(ls /sys/block/vdb/mq | wc -l)
 		echo last=$(cat /sys/block/vdx/serial),$(cat /sys/block/vdx/size)
+		grep -q virtio_rng /sys/class/misc/hw_random/rng_current
+		dd if=/dev/hwrng bs=1k count=100 iflag=fullblock 2>/dev/null | gzip >/tmp/random
+		[ $(wc -c </tmp/random) -gt 102400 ]; echo entropy=ok
 		verify /dev/vdb 4m; echo fio-qcow2=ok
 		verify /dev/vdc 4m; echo fio-raw=ok
 		blkdiscard /dev/vdb; echo blkdiscard=ok
@@ -127,7 +130,7 @@ func TestDevice(t *testing.T) {
 		reboot -f`)
 	vm := guest{kernel: newestKernel(t), cpus: 4, memory: "512MiB", disks: all, cmdline: "noroot", script: script}.start(t)
 	for _, line := range []string{
-		"disks=24", "queues=4", "last=disk-23," + fmt.Sprint(23<<11), "fio-qcow2=ok", "fio-raw=ok", "blkdiscard=ok",
+		"disks=24", "queues=4", "last=disk-23," + fmt.Sprint(23<<11), "entropy=ok", "fio-qcow2=ok", "fio-raw=ok", "blkdiscard=ok",
 		"ext4=ok", "xfs=ok", "switches=ok", "through=write through", "unbind=ok", "second=ok",
 	} {
 		vm.waitFor(line + "\n")

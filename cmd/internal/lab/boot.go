@@ -27,7 +27,7 @@ var (
 	outerModules = []string{"virtio_pci", "virtio_blk", "virtio_console", "ext4", "kvm_amd"}
 	guestModules = []string{"virtio_pci", "virtio_blk", "ext4", "button", "evdev"}
 	// extraModules are in the guest's /modules/extra, for scripts to load.
-	extraModules = []string{"xfs"}
+	extraModules = []string{"xfs", "virtio-rng", "vmw_vsock_virtio_transport"}
 )
 
 // rootTools are the programs on the outer machine's root disk, besides busybox.
