@@ -194,8 +194,5 @@ func (r *Raw) Extent(off, n int64) (hole bool, length int64) {
 	if err != nil || end <= off {
 		return false, n
 	}
-	if end >= r.length.Load() {
-		end = max(end, r.Size()) // the rest of the last sector is no hole of its own
-	}
 	return false, min(n, end-off)
 }

@@ -31,7 +31,7 @@ type backing interface {
 type rawBacking struct {
 	file file
 	path string
-	size int64
+	size int64 // in whole sectors, the last of which the file may lack
 }
 
 func (r *rawBacking) ReadvAt(iov [][]byte, off int64) error {
@@ -141,6 +141,7 @@ func (c *chain) openRaw(f *os.File, path string, opts Options) (backing, error) 
 	r := &rawBacking{file: newOSFile(f), path: path}
 	if err == nil {
 		r.size, err = r.file.Size()
+		r.size = (r.size + diskUnit - 1) &^ (diskUnit - 1)
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

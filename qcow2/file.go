@@ -102,6 +102,15 @@ func (o *osFile) Extent(off, n int64) (hole bool, length int64) {
 	return false, min(n, end-off)
 }
 
+// allocated is the room that the file takes on the host, in bytes.
+func (o *osFile) allocated() (int64, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(o.fd, &st); err != nil {
+		return 0, os.NewSyscallError("fstat", err)
+	}
+	return st.Blocks * 512, nil
+}
+
 func (o *osFile) Close() error { return o.f.Close() }
 
 // readFull and writeFull are ReadvAt and WritevAt of one buffer.

@@ -45,6 +45,9 @@ type Image struct {
 	followed atomic.Bool
 	bitmaps  bitmapDirectory // of a writable image
 
+	sparseOnce sync.Once
+	isSparse   bool // see sparse
+
 	// unpunchable is set once, by any goroutine, when the host cannot punch
 	// holes into the file.
 	unpunchable atomic.Bool

@@ -5,12 +5,24 @@ package qcow2
 type span struct {
 	kind   kind
 	length int64
-	host   int64  // of the first byte; for a compressed cluster, of its data
+	host   int64  // of the first byte, noHost if there is no place for it; for a compressed cluster, of its data
 	size   int64  // of the data of a compressed cluster
 	pin    *pin   // ended by the user of the span
 	miss   bool   // the slice with ID missID has to be loaded first, by loadMissing
 	missID uint64 // set if miss
 }
+
+// noHost is the place of what has none in the file.
+const noHost = -1
+
+// purpose is what a lookup is for.
+type purpose uint8
+
+const (
+	forReading purpose = iota
+	forWriting         // in place: only what the image owns alone is of use
+	forMapping         // places count for all kinds, as they do for data
+)
 
 // cursor remembers the slice of the last lookup, because most follow it.
 type cursor struct {
@@ -64,17 +76,17 @@ func (m *Image) store(s *slice, c uint64, e entry) {
 
 // find maps the beginning of [off, off+n) for a reader and pins it.
 func (m *Image) find(off, n int64, shard int) (span, error) {
-	return m.findFor(off, n, shard, false)
+	return m.findFor(off, n, shard, forReading)
 }
 
 // findOwned maps the beginning of [off, off+n) for a writer. The span is of
 // kindNormal, and pinned, iff it may be written in place: the image owns its
 // clusters alone. Of another kind it has no meaning but that.
 func (m *Image) findOwned(off, n int64, shard int) (span, error) {
-	return m.findFor(off, n, shard, true)
+	return m.findFor(off, n, shard, forWriting)
 }
 
-func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
+func (m *Image) findFor(off, n int64, shard int, use purpose) (span, error) {
 	if err := m.admit(shard); err != nil {
 		return span{}, err
 	}
@@ -92,7 +104,7 @@ func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
 		return m.missed(m.sliceID(c), shard), nil
 	}
 	s := m.spanOf(&e, off, n)
-	if writer {
+	if use == forWriting {
 		if s.kind != kindNormal || !cur.owns(&e) {
 			return span{}, nil
 		}
@@ -104,11 +116,11 @@ func (m *Image) findFor(off, n int64, shard int, writer bool) (span, error) {
 		c++
 		// An error is reported when a range begins with it.
 		e, hit, _ := m.entryAt(&cur, c)
-		if !hit || writer && (!cur.owns(&e) || m.checkData(e.host) != nil) {
+		if !hit || use == forWriting && (!cur.owns(&e) || m.checkData(e.host) != nil) {
 			break
 		}
 		next := m.spanOf(&e, m.offset(c), n-s.length)
-		if !s.continues(&next) {
+		if !s.continues(&next, use) {
 			break
 		}
 		s.length += next.length
@@ -133,8 +145,12 @@ func (m *Image) loadMissing(s *span) error {
 
 // lookup is find with the slice loaded where it has to be.
 func (m *Image) lookup(off, n int64, shard int) (span, error) {
+	return m.lookupFor(off, n, shard, forReading)
+}
+
+func (m *Image) lookupFor(off, n int64, shard int, use purpose) (span, error) {
 	for {
-		s, err := m.find(off, n, shard)
+		s, err := m.findFor(off, n, shard, use)
 		if err != nil || !s.miss {
 			return s, err
 		}
@@ -170,8 +186,11 @@ func (m *Image) spanOf(e *entry, off, n int64) span {
 	in := m.inCluster(off)
 	first := m.sub(off)
 	s := span{kind: e.kindOf(first), host: e.host, size: e.size}
-	if s.kind == kindNormal {
+	switch {
+	case e.allocated:
 		s.host += in
+	case !e.compressed:
+		s.host = noHost
 	}
 	stop := first + 1
 	for stop < 1<<m.subBits && e.kindOf(stop) == s.kind {
@@ -183,6 +202,9 @@ func (m *Image) spanOf(e *entry, off, n int64) span {
 
 // continues reports whether next, the span of the cluster that is next in guest
 // order, may be joined to s, which reaches to the end of its last cluster.
-func (s *span) continues(next *span) bool {
-	return s.kind == next.kind && (s.kind != kindNormal || next.host == s.host+s.length)
+func (s *span) continues(next *span, use purpose) bool {
+	if s.kind != next.kind {
+		return false
+	}
+	return s.kind != kindNormal && use != forMapping || next.host == s.host+s.length || s.host == noHost && next.host == noHost
 }

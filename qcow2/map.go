@@ -20,16 +20,25 @@ func (k MapKind) String() string {
 	return [...]string{"unallocated", "zero", "data", "compressed"}[k]
 }
 
+// NoOffset is the HostOffset of a range that has no place in a file.
+const NoOffset = noHost
+
 // Mapping says what the range [Offset, Offset+Length) of a disk is and where.
 type Mapping struct {
 	Offset, Length int64
 	Kind           MapKind
-	// Layer has the range: 0 is the image, 1 its backing file, and so on;
-	// Path is its file, or its external data file for MapData. For MapUnallocated they are those of the image.
+	// Layer has the range: 0 is the image, 1 its backing file, and so on. Of
+	// MapUnallocated it is the lowest that is long enough to have it.
 	Layer int
-	Path  string
-	// HostOffset is where the range begins in the file, for MapData only.
+	// Path is the file of the layer, or its external data file, that has the
+	// range at HostOffset. What is zero, or not allocated, may have a place there
+	// too; NoOffset if it has none, as compressed data has none of its own.
+	Path       string
 	HostOffset int64
+	// Hole is set for MapData that reads as zero because nothing is written at its
+	// place, where that is known: in a file that takes clearly less room on the host
+	// than it has clusters in use.
+	Hole bool
 }
 
 // Map returns the mappings of the n bytes at off, in order and without gaps.
@@ -76,7 +85,7 @@ func (m *Image) mappings(off, n int64, stop func() error) iter.Seq2[Mapping, err
 func (a *Mapping) join(next Mapping) bool {
 	whole := *a
 	whole.Offset, whole.Length = next.Offset, next.Length
-	if a.Kind == MapData {
+	if a.HostOffset != NoOffset {
 		whole.HostOffset += a.Length
 	}
 	if a.Length == 0 || whole != next {
@@ -89,17 +98,23 @@ func (a *Mapping) join(next Mapping) bool {
 // mapAt returns the mapping of the beginning of [off, off+n), which lies inside
 // the disk.
 func (m *Image) mapAt(off, n int64) (Mapping, error) {
-	s, err := m.lookup(off, n, 0)
+	s, err := m.lookupFor(off, n, 0, forMapping)
 	if err != nil {
 		return Mapping{}, m.explain(err)
 	}
-	s.pin.leave()
-	found := Mapping{Offset: off, Length: s.length, Path: m.path}
+	defer s.pin.leave()
+	found := Mapping{Offset: off, Length: s.length, Path: m.path, HostOffset: s.host}
+	if s.host != noHost {
+		found.Path = m.dataPath
+	}
 	switch s.kind {
 	case kindNormal:
-		found.Kind, found.Path, found.HostOffset = MapData, m.dataPath, s.host
+		found.Kind = MapData
+		if m.sparse() {
+			found.Hole, found.Length = m.data.Extent(s.host, s.length)
+		}
 	case kindCompressed:
-		found.Kind = MapCompressed
+		found.Kind, found.HostOffset = MapCompressed, NoOffset
 	case kindZero:
 		found.Kind = MapZero
 	case kindUnallocated:
@@ -114,22 +129,75 @@ func (m *Image) mapAt(off, n int64) (Mapping, error) {
 // which begins inside it.
 func (m *Image) mapBacking(r Mapping) (Mapping, error) {
 	under, err := m.backing.mapAt(r.Offset, min(r.Length, m.backing.Size()-r.Offset))
-	if err != nil {
-		return under, err
-	}
-	if under.Kind == MapUnallocated {
-		r.Length = under.Length
-		return r, nil
-	}
 	under.Layer++
-	return under, nil
+	return under, err
 }
 
 // mapAt takes the holes of a raw file for zero ranges.
 func (r *rawBacking) mapAt(off, n int64) (Mapping, error) {
+	found := Mapping{Offset: off, Kind: MapData, Path: r.path, HostOffset: off}
 	hole, length := r.file.Extent(off, n)
 	if hole {
-		return Mapping{Offset: off, Length: length, Kind: MapZero, Path: r.path}, nil
+		found.Kind = MapZero
 	}
-	return Mapping{Offset: off, Length: length, Kind: MapData, Path: r.path, HostOffset: off}, nil
+	found.Length = length
+	return found, nil
+}
+
+// sparse reports whether the file takes clearly less room on the host than it has
+// clusters in use, as after a preallocation: then, and only then, it is worth a call
+// for each range to learn from the host what is a hole. The bounds are QEMU's, so
+// that both say the same of an image. The caller has a pin.
+func (m *Image) sparse() bool {
+	m.sparseOnce.Do(func() {
+		f, ok := m.file.(interface{ allocated() (int64, error) })
+		if !ok {
+			return
+		}
+		bytes, err := f.allocated()
+		if err != nil {
+			return
+		}
+		full := uint64(bytes) >> m.clusterBits //nolint:gosec // G115: not negative
+		many := max(full*10/9, full+2)
+		used, err := m.countUsed(many)
+		m.isSparse = err == nil && used >= many
+	})
+	return m.isSparse
+}
+
+// countUsed counts the clusters of the file with a reference count, until they are
+// as many as enough.
+func (m *Image) countUsed(enough uint64) (uint64, error) {
+	fileSize, err := m.file.Size()
+	if err != nil {
+		return 0, err
+	}
+	h, err := m.loadHeader(fileSize)
+	if err != nil {
+		return 0, err
+	}
+	table, err := m.loadTable(h.refTableOffset, int64(h.refTableClusters)<<m.clusterBits)
+	if err != nil {
+		return 0, err
+	}
+	left := m.clusters(uint64(fileSize)) //nolint:gosec // G115: not negative
+	used, block := uint64(0), make([]byte, m.clusterSize)
+	for _, e := range table {
+		n := min(left, 1<<m.refBlockBits)
+		if left -= n; n == 0 || used >= enough {
+			break
+		}
+		off := int64(e & entryOffset)
+		if off == 0 {
+			continue
+		}
+		if err := readFull(m.file, block, off); err != nil {
+			return 0, err
+		}
+		for i := range n {
+			used += b2u(count(block, m.refcountOrder, i) != 0)
+		}
+	}
+	return used, nil
 }

@@ -154,7 +154,7 @@ func (r *rawDisk) Map(off, n int64) iter.Seq2[qcow2.Mapping, error] {
 			next := qcow2.Mapping{Offset: off, Kind: qcow2.MapData, Path: r.path, HostOffset: off}
 			hole, length := r.Extent(off, end-off)
 			if hole {
-				next.Kind, next.HostOffset = qcow2.MapZero, 0
+				next.Kind = qcow2.MapZero
 			}
 			next.Length = length
 			if !yield(next, nil) {
