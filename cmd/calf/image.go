@@ -59,6 +59,7 @@ func imageVerbs() []verbGroup {
 		}},
 		{"To look into them:", []*cobra.Command{
 			newImageInfo(),
+			newImageMap(),
 			newImageCheck(),
 		}},
 		{"To copy and merge them:", nil},

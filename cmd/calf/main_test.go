@@ -126,6 +126,7 @@ func TestHelpHasAnExampleForEachCommand(t *testing.T) {
 		{"image", "check"},
 		{"image", "create"},
 		{"image", "info"},
+		{"image", "map"},
 		{"image", "resize"},
 		{"image", "snapshot"},
 	} {
