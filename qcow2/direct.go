@@ -41,14 +41,18 @@ var _ file = (*directFile)(nil)
 // newFile is the file f as opts want it. An error leaves f open.
 func newFile(f *os.File, path string, opts Options) (file, error) {
 	of := newOSFile(f)
-	if !opts.Direct {
-		return of, nil
+	hf := file(of)
+	if opts.Direct {
+		d, err := newDirectFile(of)
+		if err != nil {
+			return nil, &Error{Path: path, Kind: ErrUnsupported, What: "direct I/O is not possible on this file", Mend: "use another cache mode than none", Err: err}
+		}
+		hf = d
 	}
-	d, err := newDirectFile(of)
-	if err != nil {
-		return nil, &Error{Path: path, Kind: ErrUnsupported, What: "direct I/O is not possible on this file", Mend: "use another cache mode than none", Err: err}
+	if opts.Volatile {
+		hf = volatileFile{hf}
 	}
-	return d, nil
+	return hf, nil
 }
 
 func newDirectFile(of *osFile) (*directFile, error) {

@@ -53,6 +53,10 @@ type Options struct {
 	// backing files of its format past the host's page cache (O_DIRECT). A host
 	// file that does not allow that is refused.
 	Direct bool
+	// Volatile says that nobody needs the image if the host crashes while it is
+	// open: nothing waits for stable storage, Close neither. A process that is
+	// killed still leaves a sound image.
+	Volatile bool
 	// CompressionLevel is how hard WriteCompressed tries: from 1, the
 	// fastest, to 9, the smallest; 0 means the default, 6.
 	CompressionLevel int

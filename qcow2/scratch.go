@@ -95,9 +95,9 @@ func removedFile(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// volatileFile is a file that nobody can open again. What it holds dies with the
-// process, so nothing in it needs to be on stable storage.
-type volatileFile struct{ *osFile }
+// volatileFile is a file that nobody needs after a crash of the host, so nothing in
+// it has to be on stable storage.
+type volatileFile struct{ file }
 
 // Fdatasync implements file.
 func (volatileFile) Fdatasync() error { return nil }

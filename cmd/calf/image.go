@@ -62,7 +62,9 @@ func imageVerbs() []verbGroup {
 			newImageMap(),
 			newImageCheck(),
 		}},
-		{"To copy and merge them:", nil},
+		{"To copy and merge them:", []*cobra.Command{
+			newImageConvert(),
+		}},
 		{"To use and measure them:", nil},
 	}
 }

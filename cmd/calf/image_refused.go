@@ -25,6 +25,9 @@ var refusedFlags = map[string][]refusedFlag{
 		{"version", "V", false, "run: calf version"},
 	},
 	"convert": {
+		{"bitmaps", "", false, "add bitmaps to the new image by calf image bitmap"},
+		{"copy-offload", "C", false, "leave it out: it makes no difference to what is copied"},
+		{"skip-broken-bitmaps", "", false, "it goes with --bitmaps"},
 		{"target-image-opts", "", false, "name the target, with its format by -O"},
 	},
 }

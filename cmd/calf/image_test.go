@@ -284,7 +284,6 @@ func TestImageRefusals(t *testing.T) {
 		{"-r", []string{"check", "-r", "some", "there.qcow2"}},
 		{"--wombat", []string{"check", "--wombat", "there.qcow2"}},
 		{"arg", []string{"check"}},
-		{`"convert"`, []string{"convert", "there.qcow2", "new.qcow2"}},
 	} {
 		code, out, messages := calf(t, append([]string{"image"}, c.args...)...)
 		if code != 1 || out != "" || !strings.Contains(messages, c.says) {

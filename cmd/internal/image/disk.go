@@ -1,6 +1,7 @@
 package image
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -36,6 +37,9 @@ type OpenOptions struct {
 	ForceShare bool
 	// Cache is one of qemu-img's cache modes, CacheWriteback if it is empty.
 	Cache string
+	// Volatile says that nobody needs what is written if the host crashes
+	// before the image is closed, and synced by another way.
+	Volatile bool
 	// Snapshot is the internal snapshot to open, for reading, by its ID or name.
 	Snapshot string
 	// NoBacking refuses a backing file; BackingDirs are where one may lie beside
@@ -96,6 +100,7 @@ type Image struct {
 
 	Path, Format string
 	QCOW2        *qcow2.Image // what Disk writes to; nil if the image is raw
+	raw          *rawDisk     // nil if it is not
 }
 
 // Open opens the image at path. The caller has to close it.
@@ -108,33 +113,45 @@ func Open(path string, o OpenOptions) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, q, err := openDisk(path, format, o, mode.direct)
+	if o.Volatile {
+		mode.through, mode.unsafe = false, true
+	}
+	m := &Image{Path: path, Format: format}
+	if format == QCOW2 {
+		m.QCOW2, err = qcow2.Open(path, qcow2.Options{
+			ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
+			NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, DataFile: true,
+			Direct: mode.direct, Volatile: mode.unsafe, CompressionLevel: o.CompressionLevel,
+		})
+		m.Disk = m.QCOW2
+	} else {
+		m.raw, err = openRaw(path, o, mode.direct)
+		m.Disk = m.raw
+	}
 	if err != nil {
 		return nil, err
 	}
-	return &Image{Disk: mode.over(d), Path: path, Format: format, QCOW2: q}, nil
+	m.Disk = mode.over(m.Disk)
+	return m, nil
 }
 
-func openDisk(path, format string, o OpenOptions, direct bool) (Disk, *qcow2.Image, error) {
-	if format == Raw {
-		if o.Snapshot != "" {
-			return nil, nil, fmt.Errorf("%s: a raw image has no snapshots", path)
-		}
-		d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Direct: direct})
-		if err != nil {
-			return nil, nil, err
-		}
-		return &rawDisk{Raw: d, path: path}, nil, nil
+func openRaw(path string, o OpenOptions, direct bool) (*rawDisk, error) {
+	if o.Snapshot != "" {
+		return nil, fmt.Errorf("%s: a raw image has no snapshots", path)
 	}
-	q, err := qcow2.Open(path, qcow2.Options{
-		ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
-		NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, DataFile: true,
-		Direct: direct, CompressionLevel: o.CompressionLevel,
-	})
+	d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Direct: direct})
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	return q, q, nil
+	return &rawDisk{Raw: d, path: path}, nil
+}
+
+// Resize makes the disk size bytes long, a multiple of 512; a raw one only longer.
+func (m *Image) Resize(ctx context.Context, size int64, o qcow2.ResizeOptions) error {
+	if m.QCOW2 != nil {
+		return m.QCOW2.Resize(ctx, size, o)
+	}
+	return m.raw.Grow(size)
 }
 
 // rawDisk is a raw image that can be mapped.
@@ -182,8 +199,7 @@ func (d throughDisk) WriteZeroes(off, n int64) error { return d.then(d.Disk.Writ
 func (d throughDisk) PunchHole(off, n int64) error   { return d.then(d.Disk.PunchHole(off, n)) }
 func (d throughDisk) Discard(off, n int64) error     { return d.then(d.Disk.Discard(off, n)) }
 
-// unsafeDisk acknowledges flushes without doing them. Closing it still leaves a
-// sound image.
+// unsafeDisk acknowledges flushes without doing them.
 type unsafeDisk struct{ Disk }
 
 func (unsafeDisk) Flush() error { return nil }
