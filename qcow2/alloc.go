@@ -1,6 +1,9 @@
 package qcow2
 
-import "slices"
+import (
+	"cmp"
+	"slices"
+)
 
 // pool is the stock of host clusters that are free to use now: no reference, no
 // pointer to them on stable storage, no I/O that could still reach them. It is
@@ -52,6 +55,11 @@ func (p *pool) takeRun(n uint64) extent {
 		return got
 	}
 	return extent{}
+}
+
+// sort puts the clusters that go first in file order.
+func (p *pool) sort() {
+	slices.SortFunc(p.recycled, func(a, b extent) int { return cmp.Compare(a.start, b.start) })
 }
 
 // cut removes the clusters from end on.

@@ -27,19 +27,6 @@ type backing interface {
 	Close() error
 }
 
-// rawBacking is a raw file under an overlay.
-type rawBacking struct {
-	file file
-	path string
-	size int64 // in whole sectors, the last of which the file may lack
-}
-
-func (r *rawBacking) ReadvAt(iov [][]byte, off int64) error {
-	return inFile(r.path, r.file.ReadvAt(iov, off))
-}
-func (r *rawBacking) Size() int64  { return r.size }
-func (r *rawBacking) Close() error { return r.file.Close() }
-
 // chain is what is known of the layers above the one being opened.
 type chain struct {
 	files []fs.FileInfo
@@ -51,6 +38,10 @@ type chain struct {
 	dir string
 	// budget is what the images of the chain share, set by the first.
 	budget *cacheBudget
+	// base is the layer that is open for writing beside the first, nil if there
+	// is none, and baseLayer its number.
+	base      Base
+	baseLayer int
 }
 
 // enter adds the open file f to the chain, unless it is in it already.
@@ -104,16 +95,28 @@ func (c *chain) openBacking(path, name, format string, opts Options) (backing, e
 			Mend: rebaseHint(path),
 		}
 	}
+	return c.openLayer(path, name, format, opts)
+}
+
+// openLayer opens name, which the image at path lies over, for writing if it is the
+// base that opts name.
+func (c *chain) openLayer(path, name, format string, opts Options) (under backing, err error) {
 	target := besideImage(path, name)
-	f, err := c.openTrusted("backing file", path, target, os.O_RDONLY)
+	opts.ReadOnly, opts.Snapshot = !opts.isBase(path, target), ""
+	f, err := c.openTrusted("backing file", path, target, openFlags(opts))
 	if err != nil {
 		return nil, err
 	}
+	layer := len(c.files)
 	if format == "raw" {
-		return c.openRaw(f, target, opts)
+		under, err = c.openRaw(f, target, opts)
+	} else {
+		under, err = asBacking(openLocked(f, target, opts, c))
 	}
-	opts.ReadOnly, opts.Snapshot = true, ""
-	return asBacking(openLocked(f, target, opts, c))
+	if err == nil && !opts.ReadOnly {
+		c.base, c.baseLayer = under.(Base), layer
+	}
+	return under, err
 }
 
 // besideImage is the path of the file that the image at path names: a relative
@@ -136,12 +139,11 @@ func asBacking(m *Image, err error) (backing, error) {
 func (c *chain) openRaw(f *os.File, path string, opts Options) (backing, error) {
 	err := c.enter(f, path)
 	if err == nil {
-		err = lockImage(f, path, readAccess(opts.ForceShare))
+		err = lockImage(f, path, accessOf(opts))
 	}
-	r := &rawBacking{file: newOSFile(f), path: path}
+	r := &rawBacking{file: newOSFile(f), path: path, readOnly: opts.ReadOnly}
 	if err == nil {
-		r.size, err = r.file.Size()
-		r.size = (r.size + diskUnit - 1) &^ (diskUnit - 1)
+		err = r.measure()
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.Close())

@@ -97,6 +97,7 @@ func TestBitmaps(t *testing.T) {
 		"discard":     {func(m *Image) error { return m.Discard(1<<17, 1<<16) }, true},
 		"save":        {func(m *Image) error { return changeSnapshot(m, "-c", "s") }, false},
 		"apply":       {func(m *Image) error { return errors.Join(changeSnapshot(m, "-c", "s"), changeSnapshot(m, "-a", "s")) }, true},
+		"empty":       {func(m *Image) error { return changeSnapshot(m, "-e", "") }, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			writeFile(t, path, start)

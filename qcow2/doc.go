@@ -14,6 +14,9 @@
 // ApplySnapshot and DeleteSnapshot change the internal snapshots of an open image,
 // which keeps requests waiting meanwhile; Options.Snapshot opens one for reading.
 //
+// To merge an overlay into a file that it lies over, Options.Base opens that file
+// for writing too, and Empty makes the overlay hold nothing afterwards.
+//
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but
 // the image. Repair mends what Check finds: leaks only, or all that can be mended.

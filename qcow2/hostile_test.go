@@ -100,7 +100,9 @@ func (h *hostileRun) open(opts Options) error {
 		return h.judge(err)
 	}
 	if h.under != nil {
-		m.backing = &rawBacking{file: &memFile{data: h.under}, size: int64(len(h.under))}
+		under := &rawBacking{file: &memFile{data: h.under}, readOnly: true}
+		must(h.t, under.measure())
+		m.backing = under
 	}
 	h.m = m
 	return nil

@@ -23,11 +23,13 @@ type Image struct {
 	size     atomic.Int64 // of the disk, in bytes; changed by exclusively only
 	// reach is how far a Resize itself may read and write: to size, and beyond
 	// while it prepares what it adds. Only Resize changes it.
-	reach    atomic.Int64
-	backing  backing
-	zlib     bool   // compression type
-	features uint64 // incompatible ones, as in the file at open
-	l1Offset int64
+	reach     atomic.Int64
+	backing   backing
+	base      Base // among the backing files; nil if none is open for writing
+	baseLayer int
+	zlib      bool   // compression type
+	features  uint64 // incompatible ones, as in the file at open
+	l1Offset  int64
 
 	counts   counters
 	refs     *refcounts

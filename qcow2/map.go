@@ -133,17 +133,6 @@ func (m *Image) mapBacking(r Mapping) (Mapping, error) {
 	return under, err
 }
 
-// mapAt takes the holes of a raw file for zero ranges.
-func (r *rawBacking) mapAt(off, n int64) (Mapping, error) {
-	found := Mapping{Offset: off, Kind: MapData, Path: r.path, HostOffset: off}
-	hole, length := r.file.Extent(off, n)
-	if hole {
-		found.Kind = MapZero
-	}
-	found.Length = length
-	return found, nil
-}
-
 // sparse reports whether the file takes clearly less room on the host than it has
 // clusters in use, as after a preallocation: then, and only then, it is worth a call
 // for each range to learn from the host what is a hole. The bounds are QEMU's, so

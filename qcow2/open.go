@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -27,6 +28,10 @@ type Options struct {
 	// same backing file, for reading only, whether ReadOnly is set or not. An
 	// image without it is refused with ErrNoSnapshot.
 	Snapshot string
+	// Base, if not empty, is the path of one of the image's backing files, as it
+	// is or as the image above it names it, which is opened for writing too: see
+	// Image.Base. It takes an image that is open for writing.
+	Base string
 	// NoBacking refuses any image that names a backing file.
 	NoBacking bool
 	// BackingDirs are directories, beside the one of the image that names
@@ -81,15 +86,31 @@ func Open(path string, opts Options) (*Image, error) {
 func openChain(path string, opts Options, c *chain) (*Image, error) {
 	c.dirs = resolveDirs(opts.BackingDirs)
 	opts.ReadOnly = opts.ReadOnly || opts.Snapshot != "" || opts.ForceShare
-	flags := os.O_RDWR
-	if opts.ReadOnly {
-		flags = os.O_RDONLY
+	if opts.Base != "" && opts.ReadOnly {
+		return nil, inFile(path, invalidOption("an image that is open for reading only has no base that is open for writing"))
 	}
-	f, err := openRegular(path, flags)
+	f, err := openRegular(path, openFlags(opts))
 	if err != nil {
 		return nil, err
 	}
-	return openLocked(f, path, opts, c)
+	m, err := openLocked(f, path, opts, c)
+	if err == nil && opts.Base != "" && c.base == nil {
+		err = &Error{Path: path, Kind: ErrInvalidOption, What: fmt.Sprintf("%s is not among its backing files", shown(opts.Base))}
+		return nil, errors.Join(err, m.Close())
+	}
+	if err != nil {
+		return nil, err
+	}
+	m.base, m.baseLayer = c.base, c.baseLayer
+	return m, nil
+}
+
+// openFlags are how to open the file of an image.
+func openFlags(opts Options) int {
+	if opts.ReadOnly {
+		return os.O_RDONLY
+	}
+	return os.O_RDWR
 }
 
 // openLocked locks f, then opens the image in it. It takes over f.

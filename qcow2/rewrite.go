@@ -100,7 +100,7 @@ func inactive(so bool, err error) error {
 
 func (w *rewrite) cancelled() error {
 	if err := w.ctx.Err(); err != nil {
-		return &Error{What: "the change of the internal snapshots was cancelled", Err: err}
+		return &Error{What: "the change of the image was cancelled", Err: err}
 	}
 	return nil
 }
@@ -290,7 +290,7 @@ func (w *rewrite) switchOver() error {
 		err = m.datasync()
 	}
 	if err != nil {
-		return m.fail(fmt.Errorf("switching to the tables with the changed snapshots: %w", err))
+		return m.fail(fmt.Errorf("switching to the changed tables: %w", err))
 	}
 	return nil
 }

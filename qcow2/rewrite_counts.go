@@ -149,13 +149,14 @@ func (w *rewrite) eachEntry(off int64, visit func(e *uint64, first, n uint64) er
 }
 
 // references returns the host clusters [first, first+n) that the L2 entry e refers
-// to, none if n is zero, whatever of them is shown to a reader.
+// to, none if n is zero, whatever of them is shown to a reader. External data is
+// not counted.
 func (g *geometry) references(e uint64) (first, n uint64, err error) {
 	off, size := e&entryOffset, uint64(g.clusterSize) //nolint:gosec // G115: positive
 	switch {
 	case e&entryCompressed != 0:
 		off, size = g.compressedRange(e)
-	case off == 0:
+	case off == 0 || g.external:
 		return 0, 0, nil
 	case e&l2Reserved != 0 || g.version == 2 && e&entryZero != 0:
 		return 0, 0, corruptf("the L2 entry %#x has reserved bits set", e)

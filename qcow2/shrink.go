@@ -40,7 +40,14 @@ func (m *Image) drop(ctx context.Context, size int64) error {
 			return err
 		}
 	}
-	return m.exclusively(func() error { return m.trim(size) })
+	return m.exclusively(func() error {
+		if m.external {
+			if err := m.data.Truncate(size); err != nil {
+				return err
+			}
+		}
+		return m.trim()
+	})
 }
 
 // dropSome frees the guest clusters from c on, all beyond the end of the disk,
@@ -124,14 +131,9 @@ func (m *Image) dropTable(c, limit uint64) error {
 
 // trim cuts the file off behind the last cluster in use. Whether the host can do
 // that makes no difference to the image. It runs exclusively.
-func (m *Image) trim(size int64) error {
+func (m *Image) trim() error {
 	if err := m.commitAll(); err != nil {
 		return err
-	}
-	if m.external {
-		if err := m.data.Truncate(size); err != nil {
-			return err
-		}
 	}
 	fileSize, err := m.file.Size()
 	if err != nil {

@@ -165,6 +165,21 @@ func (m *Image) DeleteSnapshot(ctx context.Context, which string) error {
 // changeSnapshots rewrites the image as plan says, which gets its header, and what
 // it is, to change.
 func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *tables) error) error {
+	return m.changeTables(func(h *header) error {
+		if m.external {
+			return &Error{Kind: ErrUnsupported, What: "an image with an external data file has no internal snapshots"}
+		}
+		to := &tables{size: h.size, l1: m.l1}
+		if err := plan(h, to); err != nil {
+			return err
+		}
+		return (&rewrite{m: m, ctx: ctx, to: to}).run()
+	})
+}
+
+// changeTables runs change, which gets the header as it is in the file. Nothing
+// else is done to the image meanwhile, and the file has all that was done before.
+func (m *Image) changeTables(change func(h *header) error) error {
 	if m.readOnly {
 		return &Error{Path: m.path, Kind: ErrReadOnly, What: "the image is open for reading only"}
 	}
@@ -186,14 +201,7 @@ func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *ta
 		if err != nil {
 			return err
 		}
-		if m.external {
-			return &Error{Kind: ErrUnsupported, What: "an image with an external data file has no internal snapshots"}
-		}
-		to := &tables{size: h.size, l1: m.l1}
-		if err := plan(h, to); err != nil {
-			return err
-		}
-		return (&rewrite{m: m, ctx: ctx, to: to}).run()
+		return change(h)
 	})
 	if _, ok := errors.AsType[inactiveError](err); ok {
 		return inFile(m.path, err) // the disk is sound
