@@ -110,8 +110,6 @@ type checker struct {
 	used          tally
 	tables        map[uint64]tableUse // L2 tables by host cluster
 	refTable      []uint64            // as in the file; refs.table is without the entries that lead to no block
-	chunks        []uint64            // chunks of clusters in use, ascending; see index
-	blocks        []uint64            // refcount blocks that exist, by index, ascending; see index
 	bitmapsExt    []byte              // the header extension, nil if there is none
 	bitmapEntries int64               // of all bitmaps' tables
 	outside       []extent            // what broken pointers lead to, beyond the end of the file
@@ -133,15 +131,15 @@ type checker struct {
 // tableUse is what is known of an L2 table.
 type tableUse struct {
 	refs   uint32 // from L1 tables
-	walked bool
-	active bool // one of them is the disk's
+	active bool   // one of them is the disk's
 }
 
 func newChecker(ctx context.Context, f file, path string, opts CheckOptions) (*checker, error) {
 	x := &checker{
 		Image: &Image{path: path, file: f, data: f},
-		ctx:   ctx, tables: map[uint64]tableUse{}, used: newTally(opts.MemoryBytes),
+		ctx:   ctx, tables: map[uint64]tableUse{},
 	}
+	x.used = newTally(opts.MemoryBytes, x.loadCounts)
 	var err error
 	if x.fileSize, err = f.Size(); err != nil {
 		return nil, err
@@ -237,8 +235,7 @@ func (x *checker) check() error {
 			return x.refer(h.refTableOffset, uint64(len(x.refTable))*8, 1, "reference count table")
 		},
 		x.checkBitmaps,
-		x.checkActive,
-		x.checkShared,
+		x.checkTables,
 		x.checkBlocks,
 		x.compare,
 		x.checkOwners,

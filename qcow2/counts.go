@@ -1,8 +1,9 @@
 package qcow2
 
 import (
+	"encoding/binary"
 	"math"
-	"slices"
+	"math/bits"
 )
 
 // stored returns the count of cluster c in the file; known is false if it is
@@ -21,6 +22,44 @@ func (x *checker) countIn(s *refSlice, c uint64) uint64 {
 		return 0
 	}
 	return count(s.b, x.refcountOrder, c&(1<<x.refs.perSlice()-1))
+}
+
+// loadCounts tells chunk k, which begins with cluster c, what the image counts. All
+// its counts are in one slice.
+func (x *checker) loadCounts(c uint64, k *chunk) error {
+	if x.lost(c) {
+		return nil
+	}
+	s, err := x.refs.slice(c)
+	if err != nil {
+		return err
+	}
+	if s == nil {
+		k.none = math.MaxUint64
+		return nil
+	}
+	first := c & (1<<x.refs.perSlice() - 1)
+	for i := uint64(0); i < tallyChunk; i++ {
+		if x.refcountOrder == 4 && i%4 == 0 { // four at once, as most are
+			switch binary.BigEndian.Uint64(s.b[2*(first+i):]) {
+			case 0:
+				k.none |= 15 << i
+				i += 3
+				continue
+			case 0x0001_0001_0001_0001:
+				k.once |= 15 << i
+				i += 3
+				continue
+			}
+		}
+		switch count(s.b, x.refcountOrder, first+i) {
+		case 0:
+			k.none |= 1 << i
+		case 1:
+			k.once |= 1 << i
+		}
+	}
+	return nil
 }
 
 // lost reports whether the table of the counts, or its entry for cluster c,
@@ -69,65 +108,106 @@ func (x *checker) foundBlock(off uint64, format string, args ...any) {
 
 // compare compares the references with the stored counts.
 func (x *checker) compare() error {
-	return x.eachCluster(func(s *refSlice, c, used uint64) error {
-		if !x.lost(c) {
-			x.compareCluster(c, x.countIn(s, c), used, s != nil)
-		} else if used > 0 {
-			x.rebuild = true // reported by checkBlocks
-			x.result.ImageEnd = x.offset(c + 1)
+	return x.eachChunk(func(c, end uint64, k *chunk) error {
+		if k == nil || !k.agrees() {
+			return x.compareChunk(c, end, k)
+		}
+		if k.used != 0 {
+			x.result.ImageEnd = x.offset(c + uint64(bits.Len64(k.used))) //nolint:gosec // G115: at most 64
 		}
 		return nil
 	})
 }
 
-// compareCluster compares the references to cluster c with its stored count,
-// which is zero if there is no block for it.
-func (x *checker) compareCluster(c, have, used uint64, block bool) {
-	if have > 0 || used > 0 {
+// compareChunk compares the references to clusters [c, end), which k has, with
+// their counts.
+func (x *checker) compareChunk(c, end uint64, k *chunk) error {
+	s, err := x.refs.slice(c)
+	if err != nil {
+		return err
+	}
+	lost := x.lost(c)
+	for ; c < end; c++ {
+		have, used := x.countIn(s, c), uint64(k.at(c))
+		if have == 0 && used == 0 {
+			continue
+		}
 		x.result.ImageEnd = x.offset(c + 1)
-	}
-	off := x.pointer(c)
-	switch {
-	case have > used:
-		x.found(Leak, off, "the cluster at %#x is counted %d times and used %d times", off, have, used)
-	case have < used:
-		x.found(Corruption, off, "the cluster at %#x is counted %d times but used %d times", off, have, used)
-		if used <= x.maxCount() {
-			x.mendable++
-		}
-		x.rebuild = x.rebuild || !block
-	}
-}
-
-// eachCluster calls do with each cluster c of the file that is used or that has a
-// block for its count, ascending, with the number of references to it and the
-// slice that has its count, nil if there is none.
-func (x *checker) eachCluster(do func(s *refSlice, c, used uint64) error) error {
-	x.index()
-	end := x.end()
-	for c := x.nextChunk(0); c < end; c = x.nextChunk(c + tallyChunk) {
-		if err := x.ctx.Err(); err != nil {
-			return err
-		}
-		s, err := x.refs.slice(c)
-		if err != nil {
-			return err
-		}
-		used := x.used.chunk(c)
-		for i := c; i < min(c+tallyChunk, end); i++ {
-			if err := do(s, i, uint64(used.at(i))); err != nil {
-				return err
-			}
+		if lost {
+			x.rebuild = true // reported by checkBlocks
+		} else if have != used {
+			x.compareCluster(c, have, used, s != nil)
 		}
 	}
 	return nil
 }
 
+// compareCluster notes that cluster c is counted have times and used another number
+// of times. The count is zero if there is no block for it.
+func (x *checker) compareCluster(c, have, used uint64, block bool) {
+	off := x.pointer(c)
+	if have > used {
+		x.found(Leak, off, "the cluster at %#x is counted %d times and used %d times", off, have, used)
+		return
+	}
+	x.found(Corruption, off, "the cluster at %#x is counted %d times but used %d times", off, have, used)
+	if used <= x.maxCount() {
+		x.mendable++
+	}
+	x.rebuild = x.rebuild || !block
+}
+
+// eachChunk calls do with the clusters [c, end) of each chunk of the file that has
+// references or a block for its counts, ascending, with the chunk, which is nil if
+// there are no references. The length of the file says nothing about how many
+// there are.
+func (x *checker) eachChunk(do func(c, end uint64, k *chunk) error) error {
+	chunks, blocks := x.used.sorted(), x.blocks()
+	end := x.end(chunks)
+	for c := uint64(0); ; c += tallyChunk {
+		for len(chunks) > 0 && chunks[0]*tallyChunk < c {
+			chunks = chunks[1:]
+		}
+		for len(blocks) > 0 && (blocks[0]+1)<<x.refBlockBits <= c {
+			blocks = blocks[1:]
+		}
+		next := end
+		if len(chunks) > 0 {
+			next = min(next, chunks[0]*tallyChunk)
+		}
+		if len(blocks) > 0 {
+			next = min(next, max(c, blocks[0]<<x.refBlockBits))
+		}
+		if c = next; c >= end {
+			return nil
+		}
+		if err := x.ctx.Err(); err != nil {
+			return err
+		}
+		if err := do(c, min(c+tallyChunk, end), x.used.chunk(c)); err != nil {
+			return err
+		}
+	}
+}
+
+// eachCluster calls do with each cluster c that eachChunk finds, and the slice that
+// has its count.
+func (x *checker) eachCluster(do func(s *refSlice, c uint64) error) error {
+	return x.eachChunk(func(c, end uint64, _ *chunk) error {
+		s, err := x.refs.slice(c)
+		for ; c < end && err == nil; c++ {
+			err = do(s, c)
+		}
+		return err
+	})
+}
+
 // end is the cluster after the last of the file, and after the last in use, which
-// the file may end before.
-func (x *checker) end() uint64 {
+// the file may end before. Chunks are those with references, of which the header
+// has one.
+func (x *checker) end(chunks []uint64) uint64 {
 	end := x.cluster(x.fileSize + x.clusterSize - 1)
-	last := x.chunks[len(x.chunks)-1] // there is one: the header's
+	last := chunks[len(chunks)-1]
 	for i := range uint64(tallyChunk) {
 		if c := last*tallyChunk + i; x.used.at(c) > 0 {
 			end = max(end, c+1)
@@ -136,27 +216,13 @@ func (x *checker) end() uint64 {
 	return end
 }
 
-// index prepares nextChunk and end.
-func (x *checker) index() {
-	x.chunks = x.used.sorted()
-	x.blocks = x.blocks[:0]
+// blocks returns the indexes of the refcount blocks that exist, ascending.
+func (x *checker) blocks() []uint64 {
+	var all []uint64
 	for i, e := range x.refs.table {
 		if e != 0 {
-			x.blocks = append(x.blocks, uint64(i))
+			all = append(all, uint64(i))
 		}
 	}
-}
-
-// nextChunk returns the first cluster from c on, where a chunk begins, that
-// begins a chunk with clusters that are used or have a block. The length of the
-// file says nothing about how many there are.
-func (x *checker) nextChunk(c uint64) uint64 {
-	next := uint64(math.MaxUint64)
-	if i, _ := slices.BinarySearch(x.chunks, c/tallyChunk); i < len(x.chunks) {
-		next = x.chunks[i] * tallyChunk
-	}
-	if i, _ := slices.BinarySearch(x.blocks, c>>x.refBlockBits); i < len(x.blocks) {
-		next = min(next, max(c, x.blocks[i]<<x.refBlockBits))
-	}
-	return next
+	return all
 }

@@ -2,12 +2,15 @@ package qcow2
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -203,6 +206,78 @@ func TestCheckCorrupt(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// TestCheckRuns breaks single entries and counts inside long runs of clusters that
+// follow each other, and of clusters that snapshots share, which a check counts
+// many at a time.
+func TestCheckRuns(t *testing.T) {
+	rounds := 12
+	if brief() {
+		rounds = 3
+	}
+	for options, size := range map[string]string{
+		"cluster_size=512,refcount_bits=64":                "1M",
+		"cluster_size=4k,refcount_bits=16":                 "5M",
+		"cluster_size=64k,refcount_bits=1":                 "12M",
+		"cluster_size=64k,refcount_bits=16":                "12M",
+		"cluster_size=16k,extended_l2=on,refcount_bits=32": "12M",
+	} {
+		t.Run(options, func(t *testing.T) {
+			r := newSeed(t)
+			path := filepath.Join(t.TempDir(), "disk.qcow2")
+			qemu(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata,"+options, path, size)
+			for i := range rounds {
+				if i == rounds/2 && !strings.HasSuffix(options, "refcount_bits=1") {
+					qemu(t, "qemu-img", "snapshot", "-c", "s", path)
+				}
+				sound, err := os.ReadFile(path)
+				must(t, err)
+				broken := slices.Clone(sound)
+				for range 1 + r.IntN(3) {
+					breakRun(t, r, path, broken)
+				}
+				writeFile(t, path, broken)
+				sameVerdict(t, path)
+				writeFile(t, path, sound)
+				if v := sameVerdict(t, path); !v.Clean() {
+					t.Errorf("%v", v.Findings)
+				}
+			}
+		})
+	}
+}
+
+// breakRun changes an L2 entry or a count of the image in b, which is that at path.
+func breakRun(t *testing.T, r *rand.Rand, path string, b []byte) {
+	t.Helper()
+	m := open(t, path, Options{})
+	defer closeImage(t, m)
+	table := int64(m.l1[r.IntN(len(m.l1))] & entryOffset)
+	if table == 0 {
+		return
+	}
+	at := table + r.Int64N(m.clusterSize>>3>>m.wordBits)<<3<<m.wordBits
+	e := binary.BigEndian.Uint64(b[at:])
+	if e == 0 {
+		return
+	}
+	switch r.IntN(5) {
+	case 0:
+		put(b, at, 8, e^entryCopied)
+	case 1:
+		put(b, at, 8, 0)
+	case 2:
+		put(b, at, 8, e+uint64(m.clusterSize)*uint64(r.IntN(100))) //nolint:gosec // G115: positive
+	case 3: // QEMU reports it once for each snapshot
+		if e&entryCopied != 0 {
+			put(b, at, 8, e+512)
+		}
+	case 4:
+		block := int64(m.refs.table[m.cluster(int64(e&entryOffset))>>m.refBlockBits] & entryOffset)
+		count := m.cluster(int64(e&entryOffset)) & (1<<m.refBlockBits - 1)
+		setCount(b[block:][:m.clusterSize], m.refcountOrder, count, uint64(r.IntN(2))*m.maxCount())
 	}
 }
 

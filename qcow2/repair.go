@@ -219,7 +219,7 @@ func (x *checker) mendCounts() (bool, error) {
 // short in the file. It returns clusters that nobody uses any more: all of them,
 // as far as memory allows.
 func (x *checker) setCounts() (unused []extent, changed bool, err error) {
-	err = x.eachCluster(func(s *refSlice, c, _ uint64) error {
+	err = x.eachCluster(func(s *refSlice, c uint64) error {
 		want, err := x.target(c)
 		if err != nil || s == nil || x.countIn(s, c) == want {
 			return err

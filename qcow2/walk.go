@@ -1,6 +1,11 @@
 package qcow2
 
-import "slices"
+import (
+	"encoding/binary"
+	"math"
+	"slices"
+	"sync"
+)
 
 // l2Entry is an entry of an L2 table as the file has it.
 type l2Entry struct {
@@ -51,8 +56,16 @@ func (x *checker) referL1(l1 []uint64, off uint64) error {
 	return nil
 }
 
-// checkActive walks the L2 tables of the disk, in guest order.
-func (x *checker) checkActive() error {
+// l2Table is where an L2 table is in the file, and what it maps.
+type l2Table struct {
+	at     uint64 // offset in the file
+	guest  uint64 // offset in the disk
+	active bool   // it belongs to the disk, not to snapshots only
+}
+
+// checkTables walks all L2 tables, those of the disk first, in guest order.
+func (x *checker) checkTables() error {
+	all := make([]l2Table, 0, len(x.tables))
 	for i, e := range x.l1 {
 		table := e & entryOffset
 		t := x.tables[table>>x.clusterBits]
@@ -62,27 +75,77 @@ func (x *checker) checkActive() error {
 		if err := x.checkCopied(e, x.h.l1Offset+uint64(i)*8); err != nil {
 			return err
 		}
-		if t.walked {
-			continue
+		if !t.active {
+			t.active = true
+			x.tables[table>>x.clusterBits] = t
+			all = append(all, l2Table{at: table, guest: x.pointer(uint64(i) << x.l2Bits), active: true})
 		}
-		if err := x.checkL2(table, x.pointer(uint64(i)<<x.l2Bits), true); err != nil {
-			return err
+	}
+	for _, c := range x.sortedTables() {
+		if !x.tables[c].active {
+			all = append(all, l2Table{at: x.pointer(c)})
 		}
+	}
+	return x.eachTable(all, x.checkL2)
+}
+
+// aheadBytes is how much of the L2 tables is read at a time.
+const aheadBytes = 1 << 18
+
+// eachTable calls do with each of the tables and its contents, while another
+// goroutine, which ends before it returns, reads those that come next.
+func (x *checker) eachTable(all []l2Table, do func(t l2Table, b []byte) error) error {
+	type batch struct {
+		b   []byte
+		err error
+	}
+	size := int(x.clusterSize)
+	atOnce := max(aheadBytes/size, 1)
+	empty, full := make(chan []byte, 2), make(chan batch, 2)
+	for range cap(empty) {
+		empty <- make([]byte, min(atOnce, len(all))*size)
+	}
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	defer close(empty)
+	reader.Go(func() {
+		for tables := range slices.Chunk(all, atOnce) {
+			b, ok := <-empty
+			if !ok {
+				return
+			}
+			full <- batch{b, x.readTables(tables, b)}
+		}
+	})
+	for tables := range slices.Chunk(all, atOnce) {
+		read := <-full
+		if read.err != nil {
+			return read.err
+		}
+		for i, t := range tables {
+			if err := do(t, read.b[i*size:][:size]); err != nil {
+				return err
+			}
+		}
+		empty <- read.b
 	}
 	return nil
 }
 
-// checkShared walks the L2 tables that only snapshots have.
-func (x *checker) checkShared() error {
-	for _, c := range x.sortedTables() {
-		if x.tables[c].walked {
-			continue
+// readTables reads the tables into b, neighbours in the file together.
+func (x *checker) readTables(tables []l2Table, b []byte) error {
+	for len(tables) > 0 {
+		n := 1
+		for n < len(tables) && tables[n].at == tables[0].at+x.pointer(uint64(n)) {
+			n++
 		}
-		if err := x.checkL2(x.pointer(c), 0, false); err != nil {
+		bytes := n << x.clusterBits
+		if err := readFull(x.file, b[:bytes], int64(tables[0].at)); err != nil { //nolint:gosec // G115: inside the file
 			return err
 		}
+		tables, b = tables[n:], b[bytes:]
 	}
-	return nil
+	return x.ctx.Err()
 }
 
 // sortedTables returns the host clusters of all L2 tables, ascending.
@@ -95,33 +158,82 @@ func (x *checker) sortedTables() []uint64 {
 	return all
 }
 
-// checkL2 counts the references from the L2 table at off, which maps the disk
-// from guest on.
-func (x *checker) checkL2(off, guest uint64, active bool) error {
+// checkL2 counts the references from the L2 table t, whose contents are b.
+func (x *checker) checkL2(t l2Table, b []byte) error {
 	if err := x.ctx.Err(); err != nil {
 		return err
 	}
-	table, err := x.loadTable(off, x.clusterSize)
-	if err != nil {
-		return err
-	}
 	x.next = 0
-	t := x.tables[off>>x.clusterBits]
-	t.walked, t.active = true, active
-	x.tables[off>>x.clusterBits] = t
-	for i := 0; i < len(table); i += x.words() {
-		e := l2Entry{e: table[i], at: off + uint64(i)*8, guest: guest + x.pointer(uint64(i>>x.wordBits)), active: active} //nolint:gosec // G115: an index
-		if x.subBits > 0 {
-			e.bitmap = table[i+1]
+	refs := x.tables[t.at>>x.clusterBits].refs
+	step := 8 * x.words()
+	for i := 0; i < len(b); {
+		e := l2Entry{e: binary.BigEndian.Uint64(b[i:]), active: t.active}
+		if step > 8 {
+			e.bitmap = binary.BigEndian.Uint64(b[i+8:])
 		}
 		if e.e == 0 && e.bitmap == 0 {
+			i += step
 			continue
 		}
-		if err := x.checkEntry(e, t.refs); err != nil {
+		if refs == 1 {
+			if n := x.checkRun(&e, b[i:]); n > 0 {
+				i += n * step
+				continue
+			}
+		}
+		e.at = t.at + uint64(i)
+		e.guest = t.guest + x.pointer(uint64(i)>>3>>x.wordBits)
+		if err := x.checkEntry(e, refs); err != nil {
 			return err
 		}
+		i += step
 	}
 	return nil
+}
+
+// checkRun counts one reference from each of the entries at the beginning of table
+// that are as most are: without fault, to clusters of one chunk that follow each
+// other and that nothing else refers to. It returns how many there are. If the
+// first, e, is not like that, or the first of all to refer to its chunk, it is left
+// to checkEntry.
+func (x *checker) checkRun(e *l2Entry, table []byte) int {
+	host := e.e & entryOffset
+	if e.e&^(entryOffset|entryCopied) != 0 || e.bitmap&(e.bitmap>>32) != 0 || x.external ||
+		host == 0 || x.inCluster(int64(host)) != 0 || int64(host) > x.fileSize-x.clusterSize {
+		return 0
+	}
+	k := x.used.chunk(host >> x.clusterBits)
+	if k == nil {
+		return 0
+	}
+	first := host >> x.clusterBits % tallyChunk
+	n := 1
+	if x.subBits == 0 {
+		n = x.runLength(e.e, table, tallyChunk-first)
+	}
+	run := uint64(math.MaxUint64) >> (tallyChunk - n) << first
+	copied := run // what is counted once must be
+	if e.e&entryCopied == 0 {
+		copied = 0
+	}
+	if k.used&run != 0 || e.active && k.once&run != copied {
+		return 0
+	}
+	k.used |= run
+	x.shape(e.active, false, host, int64(n))
+	return n
+}
+
+// runLength returns how many of the entries in table, of which e is the first, are
+// as e and point to clusters of the file that follow each other; at most most.
+func (x *checker) runLength(e uint64, table []byte, most uint64) int {
+	inFile := uint64(x.fileSize-int64(e&entryOffset)) >> x.clusterBits //nolint:gosec // G115: e points into the file
+	most = min(most, inFile, uint64(len(table))/8)
+	n := uint64(1)
+	for n < most && binary.BigEndian.Uint64(table[8*n:]) == e+n<<x.clusterBits {
+		n++
+	}
+	return int(n)
 }
 
 // checkEntry counts times references from an L2 entry.
@@ -150,7 +262,7 @@ func (x *checker) checkEntry(e l2Entry, times uint32) error {
 			x.mendable++
 		}
 	}
-	x.shape(e.active, false, host)
+	x.shape(e.active, false, host, 1)
 	if x.external {
 		x.checkExternal(e, host)
 		return nil
@@ -204,26 +316,27 @@ func (x *checker) checkCompressed(e l2Entry, times uint32) error {
 		x.found(Corruption, e.at, "the compressed cluster with entry %#x has its data in the header", e.e)
 		return nil
 	}
-	x.shape(e.active, true, off)
+	x.shape(e.active, true, off, 1)
 	return x.refer(off, n, times, "compressed data")
 }
 
-// shape counts an allocated cluster of the disk.
-func (x *checker) shape(active, compressed bool, off uint64) {
+// shape counts n allocated clusters of the disk that follow each other in the file
+// from off on.
+func (x *checker) shape(active, compressed bool, off uint64, n int64) {
 	if !active {
 		return
 	}
 	r := &x.result
-	r.Allocated++
+	r.Allocated += n
 	if compressed {
-		r.Compressed++
-		r.Fragmented++ // by nature
+		r.Compressed += n
+		r.Fragmented += n // by nature
 		return
 	}
 	if x.next != 0 && x.next != int64(off) { //nolint:gosec // G115: masked
 		r.Fragmented++
 	}
-	x.next = int64(off) + x.clusterSize //nolint:gosec // G115: masked
+	x.next = int64(off) + n<<x.clusterBits //nolint:gosec // G115: masked
 }
 
 // checkCopied compares the COPIED flag of the L1 or L2 entry e at offset at with
