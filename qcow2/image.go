@@ -109,6 +109,9 @@ func (m *Image) Size() int64 { return m.size.Load() }
 // ReadOnly reports whether the image was opened for reading only.
 func (m *Image) ReadOnly() bool { return m.readOnly }
 
+// Version is the version of the format, 2 or 3.
+func (m *Image) Version() int { return int(m.version) }
+
 // ClusterSize is the unit of allocation in bytes.
 func (m *Image) ClusterSize() int64 { return m.clusterSize }
 

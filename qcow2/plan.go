@@ -20,6 +20,23 @@ type plan struct {
 // plan checks the options and lays out an image with them.
 func (o CreateOptions) plan() (*plan, error) {
 	o = o.withDefaults()
+	p, err := o.layout()
+	if err != nil {
+		return nil, err
+	}
+	if p.pointer(p.table) > maxRefTable {
+		return nil, invalidOption("preallocating a disk of %d bytes takes more reference counts than clusters of %d bytes allow", o.Size, p.clusterSize)
+	}
+	p.h.refTableClusters = uint32(p.table) //nolint:gosec // G115: at most 8 MiB in bytes
+	p.h.refTableOffset = p.pointer(1)      // behind the header
+	p.h.l1Offset = p.pointer(1 + p.table + p.blocks)
+	p.first, err = p.h.encode(o)
+	return p, err
+}
+
+// layout checks the options, which have their defaults, and says how large the
+// parts of an image with them are.
+func (o *CreateOptions) layout() (*plan, error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
@@ -29,6 +46,7 @@ func (o CreateOptions) plan() (*plan, error) {
 	if tables*8 > maxL1Bytes {
 		return nil, invalidOption("a disk of %d bytes is too large for clusters of %d bytes", o.Size, p.clusterSize)
 	}
+	h.l1Size = uint32(tables)
 	p.l1 = p.clusters(tables * 8)
 	if p.mode != PreallocateOff {
 		p.l2 = tables
@@ -37,16 +55,7 @@ func (o CreateOptions) plan() (*plan, error) {
 		}
 	}
 	p.sizeRefcounts()
-	if p.pointer(p.table) > maxRefTable {
-		return nil, invalidOption("preallocating a disk of %d bytes takes more reference counts than clusters of %d bytes allow", o.Size, p.clusterSize)
-	}
-	h.l1Size = uint32(tables)
-	h.refTableClusters = uint32(p.table) //nolint:gosec // G115: at most 8 MiB in bytes
-	h.refTableOffset = p.pointer(1)      // behind the header
-	h.l1Offset = p.pointer(1 + p.table + p.blocks)
-	var err error
-	p.first, err = h.encode(o)
-	return p, err
+	return p, nil
 }
 
 // sizeRefcounts makes the refcount table and the blocks as large as it takes to

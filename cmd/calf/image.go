@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/signal"
+	"strings"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -60,6 +61,7 @@ func imageVerbs() []verbGroup {
 		{"To look into them:", []*cobra.Command{
 			newImageInfo(),
 			newImageMap(),
+			newImageMeasure(),
 			newImageCheck(),
 		}},
 		{"To copy and merge them:", []*cobra.Command{
@@ -116,6 +118,32 @@ func inJSON(output string) (bool, error) {
 // forceShareFlag defines -U.
 func forceShareFlag(cmd *cobra.Command, share *bool) {
 	cmd.Flags().BoolVarP(share, "force-share", "U", false, "read the image even if a program writes to it")
+}
+
+// setOptions sets the values of -o for a new image of a format. done is true if they
+// asked for help, which is printed.
+func setOptions(cmd *cobra.Command, o *image.CreateOptions, format string, lists []string) (done bool, err error) {
+	for _, list := range lists {
+		if list == "help" || list == "?" {
+			_, err := fmt.Fprint(cmd.OutOrStdout(), image.HelpOptions(format))
+			return true, err
+		}
+		if err := o.Set(format, list); err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
+// snapshotName reads a snapshot in one of qemu-img's forms: ID_OR_NAME,
+// snapshot.id=ID or snapshot.name=NAME.
+func snapshotName(v string) string {
+	for _, key := range []string{"snapshot.id=", "snapshot.name="} {
+		if name, ok := strings.CutPrefix(v, key); ok {
+			return name
+		}
+	}
+	return v
 }
 
 // openFlags are the flags of verbs that open images with the files they lie over.

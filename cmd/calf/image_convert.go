@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -119,9 +118,7 @@ func (o *convertFlags) parse() (err error) {
 	if o.Existing && len(o.options) > 0 {
 		return errors.New("-o has no effect on an image that exists: leave it out with -n")
 	}
-	for _, key := range []string{"snapshot.id=", "snapshot.name="} {
-		o.Source.Snapshot = strings.TrimPrefix(o.Source.Snapshot, key)
-	}
+	o.Source.Snapshot = snapshotName(o.Source.Snapshot)
 	if o.salvage {
 		o.Lost = new(image.Lost)
 	}

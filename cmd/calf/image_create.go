@@ -29,17 +29,10 @@ an image over a backing file may leave it out.`,
 			if err != nil {
 				return err
 			}
-			sized := false
-			for _, list := range options {
-				if list == "help" || list == "?" {
-					_, err := fmt.Fprint(cmd.OutOrStdout(), image.HelpOptions(f))
-					return err
-				}
-				if err := o.Set(f, list); err != nil {
-					return err
-				}
-				sized = sized || o.Size > 0
+			if done, err := setOptions(cmd, &o, f, options); done || err != nil {
+				return err
 			}
+			sized := o.Size > 0
 			if preset != "" {
 				o.BackingFile = preset
 			}

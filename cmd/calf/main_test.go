@@ -127,6 +127,7 @@ func TestHelpHasAnExampleForEachCommand(t *testing.T) {
 		{"image", "create"},
 		{"image", "info"},
 		{"image", "map"},
+		{"image", "measure"},
 		{"image", "resize"},
 		{"image", "snapshot"},
 	} {

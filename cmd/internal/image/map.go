@@ -73,8 +73,8 @@ func (m *Image) entries(ctx context.Context, r MapRange, f func(mapEntry) error)
 	if n == 0 {
 		return f(mapEntry{start: r.Start, offset: qcow2.NoOffset})
 	}
-	for mapping, err := range m.Map(r.Start, n) {
-		if err = errors.Join(err, ctx.Err()); err != nil {
+	for mapping, err := range whileGoing(ctx, m.Map(r.Start, n)) {
+		if err != nil {
 			return err
 		}
 		if err := f(newMapEntry(mapping)); err != nil {
