@@ -59,6 +59,9 @@ var controls = map[string]control{
 	"checker.writeSnapshotTable 2": {work: repairOf("snapshot")},
 	// The marks of the bitmaps before the disk changes.
 	"Image.markBitmaps 1": {work: bitmapsWithout},
+	// The extension for bitmaps before the bit without which it is void, and each
+	// step to it before the next.
+	"bitmapChange.writeDurably 1": {work: bitmapChangesWithout},
 	// All new tables before the header points to them, and that before a change of
 	// snapshots returns and what it freed is used again.
 	"rewrite.prepare 1":     {work: snapshotsWithout},

@@ -7,8 +7,17 @@ const (
 	maxBitmaps         = 65535
 	maxBitmapDirectory = 64 << 20  // bytes
 	maxBitmapTable     = 0x8000000 // entries, of all tables together
-	bitmapFixed        = 24        // bytes before the extra data of an entry
-	bitmapReserved     = 0xff000000000001fe
+	maxBitmapData      = 512 << 20 // bytes of one bitmap, as QEMU loads it
+	maxBitmapName      = 1023      // bytes
+	minBitmapGrainBits = 9         // log2 of the bytes for each bit
+	maxBitmapGrainBits = 31
+	bitmapFixed        = 24 // bytes before the extra data of an entry
+)
+
+// Bits of the entries of a bitmap's table.
+const (
+	bitmapOnes     = 1 // there is no data: all bits are ones
+	bitmapReserved = 0xff000000000001fe
 )
 
 // checkBitmaps counts the references from the directory of bitmaps.
@@ -62,8 +71,8 @@ func (x *checker) checkBitmap(off uint64, entries uint32, i int) error {
 			return err
 		}
 		for _, e := range table {
-			data := e & entryOffset
-			if e&bitmapReserved != 0 || data != 0 && e&1 != 0 || x.inCluster(int64(data)) != 0 {
+			data, err := x.decodeBitmap(e)
+			if err != nil {
 				x.found(Corruption, at, "the table of bitmap %d has the entry %#x, which has reserved bits set", i, e)
 				continue
 			}

@@ -3,13 +3,20 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // Flags of a bitmap in the directory.
 const (
 	bitmapInUse = 1 << 0 // not saved since the disk changed
 	bitmapAuto  = 1 << 1 // it follows the disk
+	bitmapExtra = 1 << 2 // it may be used by who does not know its extra data
+
+	knownBitmapFlags = bitmapInUse | bitmapAuto | bitmapExtra
 )
+
+// bitmapDirty is the one known type of bitmap, the only one that QEMU makes.
+const bitmapDirty = 1
 
 // maxBitmapEntries is how many entries the tables of an image's bitmaps may have
 // together, as long as it is open for writing.
@@ -41,15 +48,38 @@ func (b bitmapRow) table() (off uint64, entries uint32) {
 	return binary.BigEndian.Uint64(b), binary.BigEndian.Uint32(b[8:])
 }
 
+func (b bitmapRow) setTable(off uint64, entries int) {
+	binary.BigEndian.PutUint64(b, off)
+	binary.BigEndian.PutUint32(b[8:], uint32(entries)) //nolint:gosec // G115: at most 4 Mi
+}
+
 func (b bitmapRow) flags() uint32 { return binary.BigEndian.Uint32(b[12:]) }
+
+func (b bitmapRow) setFlags(flags uint32) { binary.BigEndian.PutUint32(b[12:], flags) }
+
+func (b bitmapRow) extra() uint32 { return binary.BigEndian.Uint32(b[20:]) }
+
+func (b bitmapRow) name() string {
+	at := bitmapFixed + b.extra()
+	return string(b[at : at+uint32(binary.BigEndian.Uint16(b[18:]))])
+}
+
+// newBitmapRow is the row of a bitmap without a table.
+func newBitmapRow(name string, grainBits uint8, flags uint32) bitmapRow {
+	b := make(bitmapRow, (bitmapFixed+len(name)+7)&^7)
+	b.setFlags(flags)
+	b[16], b[17] = bitmapDirty, grainBits
+	binary.BigEndian.PutUint16(b[18:], uint16(len(name))) //nolint:gosec // G115: at most 1023
+	copy(b[bitmapFixed:], name)
+	return b
+}
 
 // follows reports whether the bitmap is said to have followed the disk up to now.
 func (b bitmapRow) follows() bool { return b.flags()&(bitmapAuto|bitmapInUse) == bitmapAuto }
 
 func (b bitmapRow) decode() Bitmap {
-	at := bitmapFixed + binary.BigEndian.Uint32(b[20:])
 	return Bitmap{
-		Name:        string(b[at : at+uint32(binary.BigEndian.Uint16(b[18:]))]),
+		Name:        b.name(),
 		Granularity: 1 << min(b[17], 62),
 		Enabled:     b.flags()&bitmapAuto != 0,
 		InUse:       b.flags()&bitmapInUse != 0,
@@ -112,31 +142,50 @@ func (m *Image) Bitmaps() ([]Bitmap, error) {
 }
 
 func (m *Image) listBitmaps() ([]Bitmap, error) {
-	fileSize, err := m.file.Size()
-	if err != nil {
-		return nil, err
-	}
-	h, err := m.loadHeader(fileSize)
-	if err != nil {
-		return nil, err
-	}
-	ext, err := m.loadExtensions(h)
-	if err != nil {
-		return nil, err
-	}
-	d, err := h.bitmapDirectory(ext.bitmaps, fileSize)
-	if err != nil {
-		return nil, err
-	}
-	rows, err := d.load(m.file)
+	l, err := m.readBitmaps()
 	if err != nil {
 		return nil, err
 	}
 	var all []Bitmap
-	for _, row := range rows {
+	for _, row := range l.rows {
 		all = append(all, row.decode())
 	}
 	return all, nil
+}
+
+// bitmapList is what the file says of the bitmaps.
+type bitmapList struct {
+	h        *header
+	ext      extensions
+	dir      bitmapDirectory
+	rows     []bitmapRow
+	fileSize int64
+}
+
+func (m *Image) readBitmaps() (l bitmapList, err error) {
+	if l.fileSize, err = m.file.Size(); err != nil {
+		return l, err
+	}
+	if l.h, err = m.loadHeader(l.fileSize); err != nil {
+		return l, err
+	}
+	if l.ext, err = m.loadExtensions(l.h); err != nil {
+		return l, err
+	}
+	if l.dir, err = l.h.bitmapDirectory(l.ext.bitmaps, l.fileSize); err != nil {
+		return l, err
+	}
+	l.rows, err = l.dir.load(m.file)
+	return l, err
+}
+
+// find returns the index of the bitmap with the given name.
+func (l *bitmapList) find(name string) (int, error) {
+	i := slices.IndexFunc(l.rows, func(row bitmapRow) bool { return row.name() == name })
+	if i < 0 {
+		return 0, &Error{Kind: ErrNoBitmap, What: fmt.Sprintf("the image has no persistent bitmap %q", name)}
+	}
+	return i, nil
 }
 
 // loadExtensions reads the header extensions.
@@ -192,6 +241,16 @@ func (m *Image) loadBitmaps(h *header, ext []byte, fileSize int64) error {
 	return nil
 }
 
+// decodeBitmap checks entry e of the table of a bitmap and returns the offset of
+// its data: 0 if there is none, because its bits are all bitmapOnes or all zero.
+func (g *geometry) decodeBitmap(e uint64) (uint64, error) {
+	data := e & entryOffset
+	if e&bitmapReserved != 0 || data != 0 && e&bitmapOnes != 0 || g.inCluster(int64(data)) != 0 {
+		return 0, corruptf("the entry %#x of the table of a bitmap points to no data", e)
+	}
+	return data, nil
+}
+
 // claimBitmap claims the table at off of a bitmap and its data.
 func (m *Image) claimBitmap(off, entries uint64) error {
 	if err := m.meta.claim(&m.geometry, m.clustersOf(off, entries*8), metaBitmaps); err != nil {
@@ -204,9 +263,9 @@ func (m *Image) claimBitmap(off, entries uint64) error {
 			return err
 		}
 		for _, e := range table {
-			data := e & entryOffset
-			if e&bitmapReserved != 0 || data != 0 && e&1 != 0 || m.inCluster(int64(data)) != 0 {
-				return corruptf("the entry %#x of the table of a bitmap points to no data", e)
+			data, err := m.decodeBitmap(e)
+			if err != nil {
+				return err
 			}
 			if data == 0 {
 				continue

@@ -71,8 +71,40 @@ func inspect(b []byte) (verdict, map[uint64]uint64) {
 		off += (40 + uint64(be.Uint16(s[12:])) + uint64(be.Uint16(s[14:])) + uint64(be.Uint32(s[36:])) + 7) &^ 7
 	}
 	x.ref(table, off-table, "snapshot table")
+	x.persistent()
 	x.compare(rt, rtn)
 	return x.verdict, x.refs
+}
+
+// persistent follows the directory of the persistent bitmaps, unless they are void.
+func (x *inspector) persistent() {
+	be := binary.BigEndian
+	if be.Uint32(x.b[4:]) != 3 || x.b[offAutoclear+7]&1 == 0 {
+		return
+	}
+	for off := uint64(be.Uint32(x.b[100:])); off+8 <= 1<<x.bits && x.at(off) != 0; {
+		kind, n := x.at(off)>>32, x.at(off)&0xffffffff
+		off += 8
+		if kind == extBitmaps {
+			x.directory(x.at(off)>>32, x.at(off+8), x.at(off+16))
+		}
+		off += (n + 7) &^ 7
+	}
+}
+
+// directory follows the directory of n bitmaps at off.
+func (x *inspector) directory(n, size, off uint64) {
+	x.ref(off, size, "directory of bitmaps")
+	for range n {
+		table, entries := x.at(off), x.at(off+8)>>32
+		x.ref(table, entries*8, "table of a bitmap")
+		for i := range min(entries, uint64(len(x.b))) {
+			if data := x.at(table+8*i) & entryOffset; data != 0 {
+				x.ref(data, 1<<x.bits, "data of a bitmap")
+			}
+		}
+		off += (24 + x.at(off+16)>>32&0xffff + x.at(off+16)&0xffffffff + 7) &^ 7
+	}
 }
 
 // at reads the 8 bytes at off.

@@ -13,6 +13,8 @@
 // Resize makes the disk longer or shorter while requests go on. CreateSnapshot,
 // ApplySnapshot and DeleteSnapshot change the internal snapshots of an open image,
 // which keeps requests waiting meanwhile; Options.Snapshot opens one for reading.
+// AddBitmap, MergeBitmap and the like do so with persistent bitmaps, whose contents
+// DirtyRanges returns.
 //
 // To merge an overlay into a file that it lies over, Options.Base opens that file
 // for writing too, and Empty makes the overlay hold nothing afterwards.
@@ -28,7 +30,7 @@
 // opened for reading only, until Repair has made it sound. WriteCompressed makes
 // compressed clusters; any other write to one makes it a normal cluster. Internal
 // snapshots are kept, as what they share is copied before it is written. Persistent
-// bitmaps are kept too, but do not follow the disk: the first request that changes
+// bitmaps can be changed, but do not follow the disk: the first request that changes
 // it marks those that did as in use, before that, so that no backup trusts them.
 //
 // # Trust
@@ -44,7 +46,7 @@
 // In the order in which they are taken:
 //
 //  1. Image.resizing, held from beginning to end by a Resize and by a change of
-//     internal snapshots; then Image.turns, held by Close and by whoever runs
+//     internal snapshots or of bitmaps; then Image.turns, held by Close and by whoever runs
 //     something exclusively.
 //  2. commits.running: held by the one goroutine that commits, across its I/O
 //     and barriers. Flushes wait for it, and writers when too much is dirty.
@@ -114,6 +116,12 @@
 // and new L2 tables where COPIED flags change, all to clusters that nothing points
 // to. After a barrier one write of one sector of the header puts them in the place
 // of the old ones, and after a second barrier those are let go.
+//
+// A change of bitmaps writes the new directory, and what it leads to, to clusters
+// that a commit then counts. After that one write makes the extension in the header
+// lead to it, or where there was none, several in an order in which each is of no
+// effect without the last, and the clusters of the old directory lose their
+// references.
 //
 // So at every instant, and after the loss of any unsynced writes, counts are at
 // least as high as the number of pointers, pointers lead to complete contents,

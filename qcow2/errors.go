@@ -27,6 +27,12 @@ var (
 	// ErrNoSnapshot means that the image has not the one internal snapshot
 	// that was asked for.
 	ErrNoSnapshot = errors.New("qcow2: no such snapshot")
+	// ErrNoBitmap means that the image has not the persistent bitmap that was
+	// asked for.
+	ErrNoBitmap = errors.New("qcow2: no such bitmap")
+	// ErrBitmapInUse means that a persistent bitmap has not followed the disk,
+	// or may not have: nothing can be done with it but to remove it.
+	ErrBitmapInUse = errors.New("qcow2: bitmap cannot be trusted")
 	// ErrRange means that a request does not lie inside [0, Size).
 	ErrRange = errors.New("qcow2: range outside the image")
 	// ErrClosed means that the image was closed.

@@ -40,6 +40,8 @@ type extensions struct {
 	backingFormat string // empty if the image does not say
 	features      featureNames
 	bitmaps       []byte // nil if there is none
+	bitmapsAt     uint64 // where the extension for them begins in the file
+	end           uint64 // where the end marker is, 0 if there is none
 	dataFile      string // name of the external data file, empty if the image does not say
 }
 
@@ -56,10 +58,11 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 	for off+8 <= end {
 		kind := binary.BigEndian.Uint32(b[off:])
 		n := uint64(binary.BigEndian.Uint32(b[off+4:]))
-		off += 8
 		if kind == extEnd {
+			x.end = off
 			break
 		}
+		off += 8
 		if n > end-off {
 			return x, headerFault("header extension %#x of %d bytes is too large", kind, n)
 		}
@@ -73,7 +76,7 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 		case extFeatureNames:
 			x.features.add(data)
 		case extBitmaps:
-			x.bitmaps = data
+			x.bitmaps, x.bitmapsAt = data, off-8
 		case extDataFile:
 			x.dataFile = string(data)
 		}

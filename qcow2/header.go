@@ -42,6 +42,7 @@ const (
 // Offsets in the header of the fields that are rewritten in place. Each lies
 // inside one 512-byte sector, so a write of it is atomic.
 const (
+	offBackingName  = 8 // its offset
 	offSize         = 24
 	offL1Size       = 36 // entries, then the table's offset: 12 bytes
 	offL1Offset     = 40

@@ -46,6 +46,9 @@ type Image struct {
 	// changes the disk clears it, by markBitmaps.
 	followed atomic.Bool
 	bitmaps  bitmapDirectory // of a writable image
+	// bitmapChanges counts the changes of the persistent bitmaps. Only a change
+	// of the image as a whole adds to it.
+	bitmapChanges uint64
 
 	sparseOnce sync.Once
 	isSparse   bool // see sparse
@@ -54,8 +57,8 @@ type Image struct {
 	// holes into the file.
 	unpunchable atomic.Bool
 
-	// resizing lets only one goroutine resize the disk or change the internal
-	// snapshots. It is taken before all other locks.
+	// resizing lets only one goroutine resize the disk, or change the internal
+	// snapshots or the persistent bitmaps. It is taken before all other locks.
 	resizing sync.Mutex
 
 	// turns lets only one goroutine close the image or run something

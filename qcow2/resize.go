@@ -103,7 +103,7 @@ func (m *Image) checkHeader(size int64) (uint64, error) {
 	case ext.bitmaps != nil:
 		return 0, &Error{
 			Kind: ErrUnsupported, What: "an image with persistent bitmaps cannot be resized",
-			Mend: "remove each of them with: qemu-img bitmap --remove " + shellWord(m.path) + " NAME",
+			Mend: "remove each of them with: calf image bitmap --remove " + shellWord(m.path) + " NAME",
 		}
 	}
 	return entries, nil
@@ -270,6 +270,20 @@ func (m *Image) switchL1(l1 []uint64, host extent) error {
 // newRun returns n contiguous clusters that count one reference each, on stable
 // storage. It runs exclusively.
 func (m *Image) newRun(n uint64) (extent, error) {
+	run, err := m.takeRun(n)
+	if err != nil {
+		return extent{}, err
+	}
+	if err := m.commit(); err != nil {
+		m.free(run)
+		return extent{}, err
+	}
+	return run, nil
+}
+
+// takeRun returns n contiguous clusters that will count one reference each after
+// the next commit. It runs exclusively.
+func (m *Image) takeRun(n uint64) (extent, error) {
 	if n >= 1<<m.refBlockBits {
 		// So many may not fit between the refcount blocks.
 		m.refs.mu.Lock()
@@ -281,7 +295,7 @@ func (m *Image) newRun(n uint64) (extent, error) {
 		run := m.pool.takeRun(n)
 		err := m.checkFree(run)
 		if err == nil && run.n > 0 {
-			m.grown = append(m.grown, run)
+			m.grown = appendExtent(m.grown, run)
 		}
 		m.mu.Unlock()
 		if err != nil {
@@ -292,10 +306,6 @@ func (m *Image) newRun(n uint64) (extent, error) {
 				return extent{}, err
 			}
 			continue
-		}
-		if err := m.commit(); err != nil {
-			m.free(run)
-			return extent{}, err
 		}
 		return run, nil
 	}

@@ -85,12 +85,13 @@ func (w *rewrite) prepare() error {
 	return w.m.datasync()
 }
 
-// inactiveError is a fault in the tables of a snapshot, which are not the disk's.
+// inactiveError is a fault in what the disk can do without: the tables of a
+// snapshot, a persistent bitmap.
 type inactiveError struct{ error }
 
 func (e inactiveError) Unwrap() error { return e.error }
 
-// inactive is err, as a fault in the tables of a snapshot if that is so.
+// inactive is err, as a fault in what the disk can do without if that is so.
 func inactive(so bool, err error) error {
 	if err == nil || !so {
 		return err
@@ -236,7 +237,7 @@ func (w *rewrite) write() error {
 		for i, e := range m.l1 {
 			saved[i] = withFlag(e, false)
 		}
-		if err := w.writeRun(w.savedRun, encodeEntries(nil, saved)); err != nil {
+		if err := m.writeRun(w.savedRun, encodeEntries(nil, saved)); err != nil {
 			return err
 		}
 		row := w.to.snapshots[w.to.last:]
@@ -251,7 +252,7 @@ func (w *rewrite) write() error {
 		{w.l1Run, encodeEntries(nil, w.l1)},
 		{w.snapsRun, w.to.snapshots},
 	} {
-		if err := w.writeRun(t.at, t.b); err != nil {
+		if err := m.writeRun(t.at, t.b); err != nil {
 			return err
 		}
 	}
@@ -264,12 +265,12 @@ func (w *rewrite) newTables() []extent {
 }
 
 // writeRun writes b to the clusters of e, which it fills up with zeros.
-func (w *rewrite) writeRun(e extent, b []byte) error {
+func (m *Image) writeRun(e extent, b []byte) error {
 	if e.n == 0 {
 		return nil
 	}
-	rest := w.m.offset(e.n) - int64(len(b))
-	return w.m.file.WritevAt(append([][]byte{b}, zeroBuffers(rest)...), w.m.offset(e.start))
+	rest := m.offset(e.n) - int64(len(b))
+	return m.file.WritevAt(append([][]byte{b}, zeroBuffers(rest)...), m.offset(e.start))
 }
 
 // switchOver makes the header point to the new tables. After an error it may point
