@@ -57,6 +57,7 @@ func imageVerbs() []verbGroup {
 			newImageCreate(),
 			newImageResize(),
 			newImageSnapshot(),
+			newImageBitmap(),
 		}},
 		{"To look into them:", []*cobra.Command{
 			newImageInfo(),
