@@ -67,6 +67,7 @@ func imageVerbs() []verbGroup {
 		}},
 		{"To copy and merge them:", []*cobra.Command{
 			newImageConvert(),
+			newImageCommit(),
 		}},
 		{"To use and measure them:", nil},
 	}
@@ -168,6 +169,29 @@ func (o *openFlags) define(cmd *cobra.Command, reads bool) {
 // options are how to open the image of a format.
 func (o *openFlags) options(format string) image.OpenOptions {
 	return image.OpenOptions{Format: format, Cache: o.cache, ForceShare: o.forceShare, BackingDirs: o.backingDirs}
+}
+
+// rateFlag defines -r.
+func rateFlag(cmd *cobra.Command, rate *string) {
+	cmd.Flags().StringVarP(rate, "rate", "r", "", "most bytes to copy in a second")
+}
+
+// parseRate reads the value of -r: bytes in a second, 0 if there is no limit.
+func parseRate(rate string) (int64, error) {
+	if rate == "" {
+		return 0, nil
+	}
+	n, err := image.ParseSize(rate)
+	if err != nil || n == 0 {
+		return 0, fmt.Errorf("-r %s: it is a number of bytes in a second, like 50M", rate)
+	}
+	return n, nil
+}
+
+// progressFlags defines -p and -q. Nothing depends on the first.
+func progressFlags(cmd *cobra.Command, quiet *bool) {
+	cmd.Flags().BoolP("progress", "p", false, "show progress, which it does anyway")
+	cmd.Flags().BoolVarP(quiet, "quiet", "q", false, "print nothing but errors")
 }
 
 // working does work that may take long, and shows on standard error how far it is,

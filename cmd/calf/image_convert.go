@@ -13,11 +13,11 @@ import (
 // convertFlags are the flags of convert that are not those of image.ConvertOptions.
 type convertFlags struct {
 	image.ConvertOptions
-	options         []string
-	sparse, rate    string
-	workers         int
-	salvage         bool
-	progress, quiet bool
+	options      []string
+	sparse, rate string
+	workers      int
+	salvage      bool
+	quiet        bool
 }
 
 func newImageConvert() *cobra.Command {
@@ -56,13 +56,12 @@ as the only FILE, and standard output as TARGET, both raw.
 	flags.BoolVarP(&o.Existing, "no-create", "n", false, "write into an image that exists")
 	flags.BoolVar(&o.TargetIsZero, "target-is-zero", false, "the image of -n reads as zero")
 	flags.BoolVar(&o.salvage, "salvage", false, "go on where FILE cannot be read, with zeros, and say where that is")
-	flags.StringVarP(&o.rate, "rate", "r", "", "most bytes to copy in a second")
+	rateFlag(cmd, &o.rate)
 	flags.StringVarP(&o.Cache, "cache", "t", image.CacheUnsafe, "cache mode of the target: writeback, writethrough, none, directsync or unsafe")
 	flags.StringVarP(&o.Source.Cache, "source-cache", "T", image.CacheWriteback, "cache mode of each FILE")
 	flags.StringArrayVar(&o.Source.BackingDirs, "backing-dir", nil, "directory in which a backing file may lie, beside that of the image")
 	forceShareFlag(cmd, &o.Source.ForceShare)
-	flags.BoolVarP(&o.progress, "progress", "p", false, "show progress, which it does anyway")
-	flags.BoolVarP(&o.quiet, "quiet", "q", false, "print nothing but errors")
+	progressFlags(cmd, &o.quiet)
 	return cmd
 }
 
@@ -106,10 +105,8 @@ func (o *convertFlags) parse() (err error) {
 	if o.Sparse, err = image.ParseSize(o.sparse); err != nil || o.Sparse%512 != 0 || o.Sparse > maxSparse {
 		return fmt.Errorf("-S %s: it is a multiple of 512 up to 16M, or 0 to write all zeros", o.sparse)
 	}
-	if o.rate != "" {
-		if o.Rate, err = image.ParseSize(o.rate); err != nil || o.Rate == 0 {
-			return fmt.Errorf("-r %s: it is a number of bytes in a second, like 50M", o.rate)
-		}
+	if o.Rate, err = parseRate(o.rate); err != nil {
+		return err
 	}
 	if o.workers < 0 || o.workers > 16 {
 		return fmt.Errorf("-m %d: it is a number from 1 to 16", o.workers)

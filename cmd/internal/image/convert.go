@@ -146,23 +146,6 @@ func (v *conversion) apart() error {
 	return nil
 }
 
-// expected is how many bytes of the source have to be read.
-func (v *conversion) expected() int64 {
-	if v.meter == nil || v.from == nil {
-		return 0
-	}
-	var n int64
-	for t, err := range v.tasks() {
-		if err != nil {
-			return 0 // the copy will say so
-		}
-		if t.action >= compare {
-			n += t.end - t.off
-		}
-	}
-	return n
-}
-
 // create makes the target at path and fills it.
 func (v *conversion) create(ctx context.Context, path string) (err error) {
 	if _, err := Create(path, v.Format, v.Create, true); err != nil {

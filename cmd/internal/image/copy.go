@@ -177,6 +177,23 @@ func (c *copying) disk(ctx context.Context) error {
 	})
 }
 
+// expected is how many bytes of the source have to be read.
+func (c *copying) expected() int64 {
+	if c.meter == nil || c.from == nil {
+		return 0
+	}
+	var n int64
+	for t, err := range c.tasks() {
+		if err != nil {
+			return 0 // the copy will say so
+		}
+		if t.action >= compare {
+			n += t.end - t.off
+		}
+	}
+	return n
+}
+
 // stream copies what r has up to its end, and returns the size of the disk that it
 // is. Before a write it calls longer with how long the disk is at least, in whole
 // grains.

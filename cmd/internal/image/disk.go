@@ -46,6 +46,9 @@ type OpenOptions struct {
 	// the directory of the image that names it.
 	NoBacking   bool
 	BackingDirs []string
+	// Base is the backing file that is opened for writing too, as that of
+	// qcow2.Options.
+	Base string
 	// CompressionLevel is that of qcow2.Options.
 	CompressionLevel int
 }
@@ -120,7 +123,7 @@ func Open(path string, o OpenOptions) (*Image, error) {
 	if format == QCOW2 {
 		m.QCOW2, err = qcow2.Open(path, qcow2.Options{
 			ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
-			NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, DataFile: true,
+			NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, Base: o.Base, DataFile: true,
 			Direct: mode.direct, Volatile: mode.unsafe, CompressionLevel: o.CompressionLevel,
 		})
 		m.Disk = m.QCOW2

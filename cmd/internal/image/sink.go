@@ -16,8 +16,15 @@ type sink interface {
 	grain() int64
 }
 
+// target is a disk that a diskSink writes to. A Disk is one, and a qcow2.Base.
+type target interface {
+	source
+	WritevAt(iov [][]byte, off int64) error
+	PunchHole(off, n int64) error
+}
+
 // diskSink writes to a disk.
-type diskSink struct{ Disk }
+type diskSink struct{ target }
 
 func (d diskSink) write(p []byte, off int64) error { return d.WritevAt([][]byte{p}, off) }
 func (diskSink) grain() int64                      { return 1 }
