@@ -69,7 +69,9 @@ func imageVerbs() []verbGroup {
 			newImageConvert(),
 			newImageCommit(),
 		}},
-		{"To use and measure them:", nil},
+		{"To use and measure them:", []*cobra.Command{
+			newImageServe(),
+		}},
 	}
 }
 

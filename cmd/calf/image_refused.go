@@ -30,6 +30,20 @@ var refusedFlags = map[string][]refusedFlag{
 		{"skip-broken-bitmaps", "", false, "it goes with --bitmaps"},
 		{"target-image-opts", "", false, "name the target, with its format by -O"},
 	},
+	"serve": {
+		{"aio", "", true, "leave it out: there is one way to do input and output"},
+		{"bitmap", "B", true, "bitmaps cannot be served yet; calf image bitmap works on them"},
+		{"connect", "c", true, "connect the kernel's client to the address that is printed, by nbd-client"},
+		{"detect-zeroes", "", true, "let the client make ranges zero by a request for that"},
+		{"disconnect", "d", true, "use nbd-client -d"},
+		{"fork", "", false, "start it in the background, and wait for the address that it prints"},
+		{"list", "L", false, "to ask a server what it has, use nbdinfo --list"},
+		{"offset", "o", true, "the disk is served as a whole"},
+		{"partition", "P", true, "the disk is served as a whole"},
+		{"selinux-label", "", true, "label the socket by chcon"},
+		{"tls-authz", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
+		{"tls-creds", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
+	},
 }
 
 // otherVerbs are the verbs of qemu-img that calf image does not have, with what

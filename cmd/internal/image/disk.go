@@ -42,6 +42,9 @@ type OpenOptions struct {
 	Volatile bool
 	// Snapshot is the internal snapshot to open, for reading, by its ID or name.
 	Snapshot string
+	// Scratch opens the image, or the snapshot, under a throw-away overlay, which
+	// takes all writes.
+	Scratch bool
 	// NoBacking refuses a backing file; BackingDirs are where one may lie beside
 	// the directory of the image that names it.
 	NoBacking   bool
@@ -49,8 +52,9 @@ type OpenOptions struct {
 	// Base is the backing file that is opened for writing too, as that of
 	// qcow2.Options.
 	Base string
-	// CompressionLevel is that of qcow2.Options.
+	// CompressionLevel and L2CacheBytes are those of qcow2.Options.
 	CompressionLevel int
+	L2CacheBytes     int64
 }
 
 // qemu-img's cache modes.
@@ -102,7 +106,7 @@ type Image struct {
 	Disk // obeys the cache mode
 
 	Path, Format string
-	QCOW2        *qcow2.Image // what Disk writes to; nil if the image is raw
+	QCOW2        *qcow2.Image // what Disk writes to; nil if that is a raw image
 	raw          *rawDisk     // nil if it is not
 }
 
@@ -120,14 +124,14 @@ func Open(path string, o OpenOptions) (*Image, error) {
 		mode.through, mode.unsafe = false, true
 	}
 	m := &Image{Path: path, Format: format}
-	if format == QCOW2 {
-		m.QCOW2, err = qcow2.Open(path, qcow2.Options{
-			ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
-			NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, Base: o.Base, DataFile: true,
-			Direct: mode.direct, Volatile: mode.unsafe, CompressionLevel: o.CompressionLevel,
-		})
+	switch {
+	case o.Scratch:
+		m.QCOW2, err = qcow2.OpenScratch("", path, format, o.qcow2(mode))
 		m.Disk = m.QCOW2
-	} else {
+	case format == QCOW2:
+		m.QCOW2, err = qcow2.Open(path, o.qcow2(mode))
+		m.Disk = m.QCOW2
+	default:
 		m.raw, err = openRaw(path, o, mode.direct)
 		m.Disk = m.raw
 	}
@@ -136,6 +140,16 @@ func Open(path string, o OpenOptions) (*Image, error) {
 	}
 	m.Disk = mode.over(m.Disk)
 	return m, nil
+}
+
+// qcow2 are the options for an image of that format.
+func (o OpenOptions) qcow2(mode cacheMode) qcow2.Options {
+	return qcow2.Options{
+		ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
+		NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, Base: o.Base, DataFile: true,
+		Direct: mode.direct, Volatile: mode.unsafe,
+		CompressionLevel: o.CompressionLevel, L2CacheBytes: o.L2CacheBytes,
+	}
 }
 
 func openRaw(path string, o OpenOptions, direct bool) (*rawDisk, error) {

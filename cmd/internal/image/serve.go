@@ -1,0 +1,165 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"slices"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/blk/nbd"
+	"github.com/calfvm/calf/qcow2"
+)
+
+// ServeOptions say what to serve over NBD, where and to whom.
+type ServeOptions struct {
+	Exports []ServedImage
+	// Socket is the path of a Unix socket. Without it the server listens on TCP.
+	Socket string
+	// Bind is a loopback address, 127.0.0.1 if it is empty, and Port a port there;
+	// 0 means any that is free.
+	Bind string
+	Port uint16
+
+	MaxConnections int  // as in nbd.Config
+	Persistent     bool // goes on when the last client has gone
+	PIDFile        string
+	Log            *slog.Logger
+	// Ready is called once clients can connect, with the address of each export.
+	Ready func(uris []string) error
+}
+
+// ServedImage is an image to serve.
+type ServedImage struct {
+	Name, Description string
+	Path              string
+	Open              OpenOptions
+	// NoDiscard keeps the room of what clients trim or make zero.
+	NoDiscard bool
+	// Depth offers clients the metadata context qemu:allocation-depth.
+	Depth bool
+}
+
+const (
+	// DefaultPort is that of NBD.
+	DefaultPort = 10809
+	// serveMemory is about how much memory a server has, for requests and for the
+	// tables of its images. The collector of garbage sees to it.
+	serveMemory = 160 << 20
+)
+
+// Serve serves images over NBD until ctx is done, or the last client has gone
+// unless it is to go on. It says what it has done.
+func Serve(ctx context.Context, o ServeOptions) (stats nbd.Stats, err error) {
+	debug.SetMemoryLimit(serveMemory)
+	var images served
+	defer closing(&images, &err)
+	cfg := nbd.Config{MaxConnections: o.MaxConnections, UntilIdle: !o.Persistent, Log: o.Log}
+	for _, s := range o.Exports {
+		s.Open.L2CacheBytes = qcow2.DefaultL2CacheBytes / int64(len(o.Exports))
+		img, err := Open(s.Path, s.Open)
+		if err != nil {
+			return stats, err
+		}
+		images = append(images, img)
+		cfg.Exports = append(cfg.Exports, s.export(img))
+	}
+	server, err := nbd.New(cfg)
+	if err != nil {
+		return stats, err
+	}
+	ln, err := o.listen()
+	if err != nil {
+		return stats, err
+	}
+	defer closing(ln, &err)
+	if o.PIDFile != "" {
+		if err := os.WriteFile(o.PIDFile, fmt.Appendln(nil, os.Getpid()), 0o644); err != nil {
+			return stats, err
+		}
+		defer func() { err = errors.Join(err, os.Remove(o.PIDFile)) }()
+	}
+	if err := o.Ready(o.uris(ln.Addr())); err != nil {
+		return stats, err
+	}
+	err = server.Serve(ctx, ln)
+	return server.Stats(), err
+}
+
+// served are the open images of a server.
+type served []*Image
+
+// Close closes the images, the last one first.
+func (s *served) Close() error {
+	var errs []error
+	for _, img := range slices.Backward(*s) {
+		errs = append(errs, img.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// export is the image, opened as img, for a server.
+func (s ServedImage) export(img *Image) nbd.Export {
+	e := nbd.Export{
+		Name: s.Name, Description: s.Description, NoDiscard: s.NoDiscard,
+		Disk: servedDisk{img}, ReadOnly: s.Open.ReadOnly,
+	}
+	if s.Depth {
+		e.Contexts = append(e.Contexts, nbd.Context{Name: "qemu:allocation-depth", Extents: servedDisk{img}.depths})
+	}
+	return e
+}
+
+// servedDisk is an image as a server has use for it.
+type servedDisk struct{ *Image }
+
+var (
+	_ nbd.Mapper = servedDisk{}
+	_ blk.Hinter = servedDisk{}
+)
+
+// IOHints implements blk.Hinter.
+func (d servedDisk) IOHints() (physicalBlock, minIO, optimalIO int64) {
+	if d.QCOW2 != nil {
+		return d.QCOW2.IOHints()
+	}
+	return 0, 0, 0
+}
+
+// Extents implements nbd.Mapper.
+func (d servedDisk) Extents(off, n int64) iter.Seq2[nbd.Extent, error] {
+	return d.extents(off, n, func(m qcow2.Mapping) uint32 {
+		switch {
+		case m.Kind == qcow2.MapUnallocated || m.Kind == qcow2.MapZero:
+			return nbd.StateHole | nbd.StateZero
+		case m.Hole:
+			return nbd.StateZero
+		}
+		return 0
+	})
+}
+
+// depths are the extents in the terms of qemu:allocation-depth: 1 is the image
+// itself, 2 its backing file, and so on; 0 is nowhere.
+func (d servedDisk) depths(off, n int64) iter.Seq2[nbd.Extent, error] {
+	return d.extents(off, n, func(m qcow2.Mapping) uint32 {
+		if m.Kind == qcow2.MapUnallocated {
+			return 0
+		}
+		return uint32(m.Layer) + 1 //nolint:gosec // G115: chains are short
+	})
+}
+
+func (d servedDisk) extents(off, n int64, status func(qcow2.Mapping) uint32) iter.Seq2[nbd.Extent, error] {
+	return func(yield func(nbd.Extent, error) bool) {
+		for m, err := range d.Map(off, n) {
+			if !yield(nbd.Extent{Length: m.Length, Status: status(m)}, err) {
+				return
+			}
+		}
+	}
+}
