@@ -123,6 +123,10 @@ func (m *Image) findFor(off, n int64, shard int, use purpose) (span, error) {
 		if !s.continues(&next, use) {
 			break
 		}
+		if cur.slice == nil { // without a table, what follows in it is alike, too
+			c |= 1<<m.sliceBits - 1
+			next.length = min(n-s.length, m.offset(c+1)-off-s.length)
+		}
 		s.length += next.length
 	}
 	s.pin = m.epochs.enter(shard)
