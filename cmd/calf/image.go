@@ -64,6 +64,7 @@ func imageVerbs() []verbGroup {
 			newImageMap(),
 			newImageMeasure(),
 			newImageCheck(),
+			newImageCompare(),
 		}},
 		{"To copy and merge them:", []*cobra.Command{
 			newImageConvert(),

@@ -166,7 +166,12 @@ func (r *randomImages) fill(name string) {
 // qemuIO does commands on a qcow2 image.
 func qemuIO(t *testing.T, name string, commands ...string) {
 	t.Helper()
-	args := []string{"-f", "qcow2", "-d", "unmap"}
+	qemuIOFormat(t, "qcow2", name, commands...)
+}
+
+func qemuIOFormat(t *testing.T, format, name string, commands ...string) {
+	t.Helper()
+	args := []string{"-f", format, "-d", "unmap"}
 	for _, c := range commands {
 		args = append(args, "-c", c)
 	}

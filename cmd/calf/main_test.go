@@ -124,6 +124,7 @@ func TestHelpHasAnExampleForEachCommand(t *testing.T) {
 		{"version"},
 		{"image"},
 		{"image", "check"},
+		{"image", "compare"},
 		{"image", "create"},
 		{"image", "info"},
 		{"image", "map"},
