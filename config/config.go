@@ -29,6 +29,7 @@ import (
 type Config struct {
 	VM    VM     `toml:"vm"`
 	Boot  Boot   `toml:"boot,omitempty"`
+	Vsock Vsock  `toml:"vsock,omitempty"`
 	Disks []Disk `toml:"disk"` // in order: vda, vdb, …
 
 	// origins says where values came from, by path ("vm.cpus",
@@ -51,6 +52,13 @@ type Boot struct {
 	Kernel  string `toml:"kernel,omitempty"`
 	Initrd  string `toml:"initrd,omitempty"`
 	Cmdline string `toml:"cmdline,omitempty"` // appended to calf's own command line
+}
+
+// Vsock is the table [vsock]: the socket device, which the guest has if there is a
+// path.
+type Vsock struct {
+	Path string `toml:"path,omitempty"` // of a Unix socket to be made
+	CID  int    `toml:"cid,omitzero"`   // 0 = the first one that a guest can have
 }
 
 // Disk is a table [[disk]]: an image that the guest sees as a virtio disk.

@@ -61,6 +61,7 @@ func TestLoadReadsEveryKey(t *testing.T) {
 			Initrd:  filepath.Join(filepath.Dir(dir), "initrd.img"),
 			Cmdline: "quiet loglevel=3",
 		},
+		Vsock: config.Vsock{Path: filepath.Join(dir, "ci.sock"), CID: 42},
 		Disks: []config.Disk{{
 			Path: filepath.Join(dir, "debian-12.qcow2"), Snapshot: true, Queues: 4, QueueSize: 128,
 			Cache: "unsafe", Engine: "sync", Discard: new(false), OnError: "stop", Serial: "root",

@@ -10,8 +10,8 @@ import (
 
 // Set gives the key, such as "vm.cpus", the value that a flag holds, in place
 // of what the file says; an empty one takes back what the file says of an
-// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm] or [boot] is a mistake of the
-// caller and panics.
+// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm], [boot] or [vsock] is a
+// mistake of the caller and panics.
 func (c *Config) Set(flag, key, value string) error {
 	table, name, _ := strings.Cut(key, ".")
 	var dst reflect.Value
@@ -20,6 +20,8 @@ func (c *Config) Set(flag, key, value string) error {
 		dst = reflect.ValueOf(&c.VM).Elem()
 	case "boot":
 		dst = reflect.ValueOf(&c.Boot).Elem()
+	case "vsock":
+		dst = reflect.ValueOf(&c.Vsock).Elem()
 	default:
 		panic("BUG: config: no table for key " + key)
 	}

@@ -45,6 +45,7 @@ func TestSetOverridesTheFile(t *testing.T) {
 		{"vm.boot_timeout", "5s", func(c *config.Config) any { return c.VM.BootTimeout }, 5 * time.Second},
 		{"boot.kernel", "other", func(c *config.Config) any { return c.Boot.Kernel }, filepath.Join(wd, "other")},
 		{"boot.initrd", "/i", func(c *config.Config) any { return c.Boot.Initrd }, "/i"},
+		{"vsock.path", "v.sock", func(c *config.Config) any { return c.Vsock.Path }, filepath.Join(wd, "v.sock")},
 		{"boot.cmdline", "", func(c *config.Config) any { return c.Boot.Cmdline }, ""},
 	} {
 		c := parse(t, base)

@@ -269,7 +269,7 @@ func header(table string) string {
 
 // homeOf returns the table that has the given key, or "".
 func homeOf(key string) string {
-	for _, table := range []string{"vm", "boot", "disk"} {
+	for _, table := range []string{"vm", "boot", "vsock", "disk"} {
 		if _, ok := rules[table+"."+key]; ok {
 			return table
 		}

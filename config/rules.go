@@ -47,6 +47,10 @@ var rules = map[string]rule{
 	"boot.initrd":  {doc: "Initial RAM disk.", path: true, optional: true},
 	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own.", max: 2047, ascii: true},
 
+	"vsock":      {doc: "Stream connections between guest and host without a network."},
+	"vsock.path": {doc: "Unix socket to make, on which programs open connections to the guest: they write CONNECT PORT and a newline, and read OK. The guest's own connections to PORT of the host go to the socket path_PORT. Without a path there is no such device.", path: true, optional: true},
+	"vsock.cid":  {doc: "Context ID of the guest. The default is 3; guests share nothing by it.", min: 3, max: 1<<32 - 2},
+
 	"disk":              {doc: "The disks, in order: vda, vdb and so on; at most 31."},
 	"disk.path":         {doc: "The image.", path: true},
 	"disk.format":       {doc: "Format of the image. It may be left out if the name ends in .qcow2; it is never guessed from content.", values: []string{FormatQCOW2, FormatRaw}},

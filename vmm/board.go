@@ -166,7 +166,7 @@ func (b *board) createDevices() error {
 	return b.vm.CoalescePIO(portCOM1)
 }
 
-// createVirtio puts the disks on the PCI bus, in order, and the entropy device.
+// createVirtio puts the disks on the PCI bus, in order, and the devices of slot 0.
 func (b *board) createVirtio() error {
 	for _, d := range b.m.disks {
 		if err := b.createDisk(d); err != nil {
@@ -175,6 +175,12 @@ func (b *board) createVirtio() error {
 	}
 	if _, err := b.plug(b.pci.freeFunction(), new(rng.Device)); err != nil {
 		return fmt.Errorf("entropy device: %w", err)
+	}
+	if b.m.cfg.Vsock == nil {
+		return nil
+	}
+	if _, err := b.plug(b.pci.freeFunction(), b.m.cfg.Vsock); err != nil {
+		return fmt.Errorf("socket device: %w", err)
 	}
 	return nil
 }

@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/virtio/vsock"
 )
 
 // Limits of a machine.
@@ -53,6 +54,9 @@ type Config struct {
 	Cmdline string
 	// Console is the far end of the guest's serial port.
 	Console Console
+	// Vsock is the guest's socket device, or nil. It stays the caller's, who
+	// closes it after the machine.
+	Vsock *vsock.Device
 	// NoReboot ends the run where the guest would be restarted.
 	NoReboot bool
 	// BootTimeout bounds the time from Run until the guest has booted: its

@@ -22,6 +22,7 @@ var overrides = []struct{ flag, key, usage string }{
 	{"cmdline", "boot.cmdline", "kernel `PARAMETERS`, appended to calf's own"},
 	{"cpus", "vm.cpus", "`NUMBER` of virtual CPUs (default 1)"},
 	{"memory", "vm.memory", "guest memory, a `SIZE` such as 2G (default 512MiB)"},
+	{"vsock", "vsock.path", "Unix socket for connections with the guest, at `PATH`"},
 	{"timeout", "vm.timeout", "end the run after this `DURATION`, such as 10m; 0 for never"},
 	{"boot-timeout", "vm.boot_timeout", "end the run if the guest is not up after this `DURATION`"},
 }

@@ -80,6 +80,7 @@ func TestFlagsOverrideTheFile(t *testing.T) {
 		{"kernel", []string{file, "--kernel", other}, func(c *config.Config) (any, any) { return c.Boot.Kernel, other }},
 		{"initrd", []string{file, "--initrd", data}, func(c *config.Config) (any, any) { return c.Boot.Initrd, data }},
 		{"cmdline", []string{file, "--cmdline", "a b"}, func(c *config.Config) (any, any) { return c.Boot.Cmdline, "a b" }},
+		{"vsock", []string{file, "--vsock", data}, func(c *config.Config) (any, any) { return c.Vsock.Path, data }},
 		{"timeout", []string{file, "--timeout", "9s"}, func(c *config.Config) (any, any) { return c.VM.Timeout, 9 * time.Second }},
 		{"boot timeout", []string{file, "--boot-timeout", "8s"}, func(c *config.Config) (any, any) { return c.VM.BootTimeout, 8 * time.Second }},
 		{"disk added", []string{"--kernel", kernel, "--disk", data + ",format=raw"}, func(c *config.Config) (any, any) { return c.Disks[0].Path, data }},

@@ -33,7 +33,13 @@ import (
 	"github.com/calfvm/calf/cmd/internal/lab"
 )
 
-func TestMain(m *testing.M) { lab.Main(m, lab.Config{}) }
+func TestMain(m *testing.M) {
+	if os.Getenv(asVsockGuest) != "" {
+		vsockGuest()
+		return
+	}
+	lab.Main(m, lab.Config{})
+}
 
 // patience bounds every wait for a guest. A boot takes ten seconds on an
 // emulated processor that others use too.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"io"
 	"os"
+	"path/filepath"
 )
 
 // GuestRoot writes a new raw image with an ext4 file system for guests to
@@ -25,7 +26,7 @@ func GuestRoot(file string, sizeMiB int, files map[string]string, programs ...st
 		if err != nil {
 			return err
 		}
-		if err := t.program("/bin/"+name, host); err != nil {
+		if err := t.program("/bin/"+filepath.Base(name), host); err != nil {
 			return err
 		}
 	}

@@ -95,7 +95,9 @@ func sharedLibraries(program string) ([]string, error) {
 	if err != nil || loader == "" {
 		return nil, err
 	}
-	out, err := exec.Command(loader, "--list", program).CombinedOutput()
+	list := exec.Command(loader, "--list", program)
+	list.Env = []string{} // so that it looks where it looks by itself, as it will in the tree
+	out, err := list.CombinedOutput()
 	if err != nil {
 		return nil, fmt.Errorf("%s --list %s: %w: %s", loader, program, err, bytes.TrimSpace(out))
 	}

@@ -168,7 +168,13 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	// What the guest said last is still to be read, but a reader that has
 	// stopped reading must not hold up the end.
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
-	machine, err := vmm.New(machineConfig(cfg, opts, cons))
+	socket, err := openVsock(cfg.Vsock)
+	if err != nil {
+		e.err = err
+		return e
+	}
+	defer func() { also(socket.close()) }()
+	machine, err := vmm.New(machineConfig(cfg, opts, cons, socket))
 	if err != nil {
 		e.err = err
 		return e
@@ -200,7 +206,7 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	return e
 }
 
-func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.Config {
+func machineConfig(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost) vmm.Config {
 	logger := opts.Logger
 	if cfg.VM.Name != "" {
 		logger = logger.With("vm", cfg.VM.Name)
@@ -212,6 +218,7 @@ func machineConfig(cfg *config.Config, opts Options, cons *console.Console) vmm.
 		Initrd:      cfg.Boot.Initrd,
 		Cmdline:     cfg.Boot.Cmdline,
 		Console:     vmm.Console{In: cons.In, Out: cons.Out},
+		Vsock:       socket.device(),
 		NoReboot:    opts.NoReboot,
 		BootTimeout: cfg.VM.BootTimeout,
 		Logger:      logger,
