@@ -16,14 +16,14 @@ import (
 
 // serveFlags are the flags of calf image serve.
 type serveFlags struct {
-	all      image.ServedImage // what holds for every image
-	exports  []string
-	name     string
-	discard  string
-	noCache  bool
-	shared   int
-	quiet    bool
-	verbose  bool
+	all     image.ServedImage // what holds for every image
+	exports []string
+	name    string
+	discard string
+	noCache bool
+	shared  int
+	quiet   bool
+	verbose bool
 }
 
 func newImageServe() *cobra.Command {
