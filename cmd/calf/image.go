@@ -72,6 +72,7 @@ func imageVerbs() []verbGroup {
 		}},
 		{"To use and measure them:", []*cobra.Command{
 			newImageServe(),
+			newImageIO(),
 		}},
 	}
 }

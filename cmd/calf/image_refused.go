@@ -24,6 +24,10 @@ var refusedFlags = map[string][]refusedFlag{
 		{"trace", "", true, "there are no trace points"},
 		{"version", "V", false, "run: calf version"},
 	},
+	"io": {
+		{"native-aio", "k", false, "leave it out, because data is moved by threads"},
+		{"trace", "T", true, "there are no trace points"},
+	},
 	"convert": {
 		{"bitmaps", "", false, "add bitmaps to the new image by calf image bitmap"},
 		{"copy-offload", "C", false, "leave it out: it makes no difference to what is copied"},

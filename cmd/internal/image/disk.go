@@ -108,6 +108,8 @@ type Image struct {
 	Path, Format string
 	QCOW2        *qcow2.Image // what Disk writes to; nil if that is a raw image
 	raw          *rawDisk     // nil if it is not
+
+	scratch bool // it is the overlay of OpenOptions.Scratch
 }
 
 // Open opens the image at path. The caller has to close it.
@@ -123,7 +125,7 @@ func Open(path string, o OpenOptions) (*Image, error) {
 	if o.Volatile {
 		mode.through, mode.unsafe = false, true
 	}
-	m := &Image{Path: path, Format: format}
+	m := &Image{Path: path, Format: format, scratch: o.Scratch}
 	switch {
 	case o.Scratch:
 		m.QCOW2, err = qcow2.OpenScratch("", path, format, o.qcow2(mode))

@@ -86,7 +86,7 @@ func ParsePreallocation(s string) (qcow2.Preallocation, error) {
 // Set sets the keys of list, which has the form key=value,key=value; a comma in a
 // value is written twice. format is that of the new image.
 func (o *CreateOptions) Set(format, list string) error {
-	for _, pair := range splitOptions(list) {
+	for _, pair := range SplitOptions(list) {
 		key, value, _ := strings.Cut(pair, "=")
 		i := slices.IndexFunc(createOptions, func(c createOption) bool { return c.key == key })
 		if i < 0 || format == Raw && !createOptions[i].raw {
@@ -99,8 +99,8 @@ func (o *CreateOptions) Set(format, list string) error {
 	return nil
 }
 
-// splitOptions splits list at its single commas and makes double ones single.
-func splitOptions(list string) []string {
+// SplitOptions splits a list of options at its single commas and makes double ones single.
+func SplitOptions(list string) []string {
 	const comma = "\x00" // no path has it
 	parts := strings.Split(strings.ReplaceAll(list, ",,", comma), ",")
 	for i := range parts {
