@@ -39,6 +39,9 @@ type Mapping struct {
 	// place, where that is known: in a file that takes clearly less room on the host
 	// than it has clusters in use.
 	Hole bool
+	// Missing is set for MapData whose place lies beyond the end of the file, which
+	// was cut off. It reads as zero.
+	Missing bool
 }
 
 // Map returns the mappings of the n bytes at off, in order and without gaps.
@@ -63,7 +66,9 @@ func (m *Image) mappings(off, n int64, stop func() error) iter.Seq2[Mapping, err
 				next, err = m.mapAt(off, n)
 			}
 			if err != nil {
-				yield(Mapping{}, err)
+				if last.Length == 0 || yield(last, nil) {
+					yield(Mapping{}, err)
+				}
 				return
 			}
 			off, n = off+next.Length, n-next.Length
@@ -110,8 +115,17 @@ func (m *Image) mapAt(off, n int64) (Mapping, error) {
 	switch s.kind {
 	case kindNormal:
 		found.Kind = MapData
+		end, err := m.dataEnd()
+		switch {
+		case err != nil:
+			return found, inFile(m.path, err)
+		case s.host >= end:
+			found.Missing = true
+			return found, nil
+		}
+		found.Length = min(s.length, end-s.host)
 		if m.sparse() {
-			found.Hole, found.Length = m.data.Extent(s.host, s.length)
+			found.Hole, found.Length = m.data.Extent(s.host, found.Length)
 		}
 	case kindCompressed:
 		found.Kind, found.HostOffset = MapCompressed, NoOffset
@@ -123,6 +137,13 @@ func (m *Image) mapAt(off, n int64) (Mapping, error) {
 		}
 	}
 	return found, nil
+}
+
+// dataEnd is where the last cluster ends that the file for data has in part at least.
+// The caller has a pin.
+func (m *Image) dataEnd() (int64, error) {
+	n, err := m.data.Size()
+	return m.offset(m.clusters(uint64(n))), err //nolint:gosec // G115: not negative
 }
 
 // mapBacking returns what the backing file has for the beginning of the range,

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -11,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/calfvm/calf/qcow2"
 )
 
 // newRand returns random numbers whose seed is printed if the test fails.
@@ -223,6 +226,311 @@ func TestConvertStreams(t *testing.T) {
 			if flags[1] == "qcow2" {
 				must(t, "qemu-img", "check", "-f", "qcow2", "out")
 			}
+		}
+	}
+}
+
+// entries are the names in the working directory.
+func entries(t *testing.T) []string {
+	t.Helper()
+	all, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, e := range all {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// TestConvertInterrupted ends converts at random moments. What had the name of the
+// target is what it was, or the whole new image; a signal that can be caught leaves
+// nothing else, and kill a file with a name of its own that is in nobody's way.
+func TestConvertInterrupted(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := newRand(t)
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "8M")
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 0 8M", "in")
+	rounds := 24
+	if testing.Short() {
+		rounds = 8
+	}
+	for i := range rounds {
+		before := i%2 == 0
+		if err := os.Remove("out"); err != nil && i > 0 && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+		if before {
+			if err := os.WriteFile("out", []byte("precious"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL}[i%3]
+		cmd := command("image", "convert", "-O", pick(r, []string{"raw", "qcow2"}), "-r", "60M", "in", "out")
+		var messages bytes.Buffer
+		cmd.Stderr = &messages
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(r.Int64N(int64(250 * time.Millisecond))))
+		_ = cmd.Process.Signal(s)
+		err := cmd.Wait()
+		b, readErr := os.ReadFile("out")
+		whole := len(b) >= 8<<20
+		if !whole && (before != (readErr == nil) || before && string(b) != "precious") {
+			t.Fatalf("%v left a target of %d bytes (%v), there was one: %t", s, len(b), readErr, before)
+		}
+		if whole && s == syscall.SIGKILL {
+			must(t, "qemu-img", "compare", "in", "out")
+		}
+		if s != syscall.SIGKILL && whole != (err == nil) {
+			t.Errorf("%v: %v, but the target is whole: %t; %s", s, err, whole, messages.String())
+		}
+		for _, name := range entries(t) {
+			if name == "in" || name == "out" {
+				continue
+			}
+			if s != syscall.SIGKILL || !strings.HasPrefix(name, ".out.calf-") {
+				t.Errorf("%v left %s", s, name)
+			}
+			if err := os.Remove(name); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestConvertNoRoom writes to a file that may not grow. Nothing of it is left.
+func TestConvertNoRoom(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "8M")
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 6M 2M", "in")
+	for _, format := range []string{"raw", "qcow2"} {
+		cmd := command("image", "convert", "-O", format, "in", "out")
+		cmd.Args = append([]string{"prlimit", "--fsize=1048576"}, cmd.Args...)
+		var err error
+		if cmd.Path, err = exec.LookPath("prlimit"); err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.CombinedOutput()
+		if err == nil || !strings.Contains(string(out), "file too large") || strings.Contains(string(out), "goroutine") {
+			t.Errorf("%s: %v, %s", format, err, out)
+		}
+		if names := entries(t); len(names) != 1 {
+			t.Errorf("%s left %v", format, names)
+		}
+	}
+}
+
+// TestConvertSalvage reads an image whose clusters are damaged, as qemu-img does.
+func TestConvertSalvage(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := newRand(t)
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "raw", "4M")
+	scribble(t, r, "raw", "raw", 4<<20)
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 64k 128k", "raw")
+	must(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "raw", "in.qcow2")
+	b, err := os.ReadFile("in.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	be := binary.BigEndian
+	l2 := be.Uint64(b[be.Uint64(b[40:]):]) & 0x00fffffffffffe00
+	packed := be.Uint64(b[l2+8:]) & (1<<54 - 1)
+	sound := slices.Clone(b[packed : packed+16])
+	for i := range sound {
+		b[packed+uint64(i)] = 0xff
+	}
+	damage := func() {
+		t.Helper()
+		if err := os.WriteFile("in.qcow2", b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(says ...string) {
+		t.Helper()
+		code, _, messages := calf(t, "image", "convert", "-O", "raw", "in.qcow2", "out")
+		for _, s := range append(says, "in.qcow2") {
+			if code != 1 || !strings.Contains(messages, s) {
+				t.Errorf("code %d, %s, want %q in it", code, messages, s)
+			}
+		}
+		if _, err := os.Stat("out"); err == nil {
+			t.Error("the target is there")
+		}
+	}
+	damage()
+	refused("byte 65536 of the disk", fmt.Sprintf("%#x", packed))
+	be.PutUint64(b[l2+16:], 0x8000000000012a00) // of the third cluster: unaligned
+	copy(b[packed:], sound)
+	damage()
+	refused("131072", "0x12a00")
+	for i := range sound {
+		b[packed+uint64(i)] = 0xff
+	}
+	damage()
+	for _, flags := range [][]string{{"--salvage"}, {"--salvage", "-q"}, {"--salvage", "-m", "1"}} {
+		flags = append([]string{"convert", "-f", "qcow2", "-O", "raw"}, flags...)
+		must(t, "qemu-img", append(flags, "in.qcow2", "theirs")...)
+		code, _, messages := calf(t, append(append([]string{"image"}, flags...), "in.qcow2", "out")...)
+		if said := strings.Contains(messages, "lost: 131072 bytes at 65536"); code != 0 || said == slices.Contains(flags, "-q") {
+			t.Errorf("%q: code %d, %s", flags, code, messages)
+		}
+		must(t, "cmp", "out", "theirs")
+	}
+}
+
+// TestConvertExisting writes into images that exist, with what they hold before.
+func TestConvertExisting(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := newRand(t)
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "3M")
+	scribble(t, r, "raw", "in", 3<<20)
+	for _, format := range []string{"raw", "qcow2"} {
+		for _, flags := range []string{"", "-S 0", "-W", "-t none", "-t writethrough"} {
+			for _, size := range []string{"2M", "3M", "4M"} {
+				for _, path := range []string{"ours", "theirs"} {
+					must(t, "qemu-img", "create", "-q", "-f", format, path, size)
+					must(t, "qemu-io", "-f", format, "-c", "write -P 7 0 "+size, path)
+				}
+				args := append([]string{"convert", "-n", "-f", "raw", "-O", format}, strings.Fields(flags)...)
+				wantCode, _ := qemuImg(t, append(args, "in", "theirs")...)
+				code, _, messages := calf(t, append(append([]string{"image"}, args...), "in", "ours")...)
+				if code != wantCode {
+					t.Errorf("%q: code %d, qemu-img's %d; %s", args, code, wantCode, messages)
+				}
+				if code, out := qemuImg(t, "compare", "-f", format, "-F", format, "ours", "theirs"); code != 0 {
+					t.Errorf("%q: %s", args, out)
+				}
+				if format == "qcow2" {
+					must(t, "qemu-img", "check", "-q", "ours")
+				}
+			}
+		}
+		must(t, "qemu-img", "create", "-q", "-f", format, "ours", "3M")
+		if code, _, messages := calf(t, "image", "convert", "-n", "--target-is-zero", "-f", "raw", "-O", format, "in", "ours"); code != 0 {
+			t.Error(messages)
+		}
+		must(t, "qemu-img", "compare", "-f", "raw", "-F", format, "in", "ours")
+	}
+}
+
+// TestConvertRefusals says what is wrong and makes nothing.
+func TestConvertRefusals(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "a.img", "1M")
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "huge.img", "200G")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "used.qcow2", "1M")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", "over.qcow2")
+	used, err := qcow2.Open("used.qcow2", qcow2.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = used.Close() }()
+	before := entries(t)
+	for _, c := range []struct{ says, args string }{
+		{"image to read and one to make", "a.img"},
+		{"none.img", "none.img new"},
+		{"in use", "used.qcow2 new"},
+		{"in use", "a.img used.qcow2"},
+		{"source and the target", "a.qcow2 a.qcow2"},
+		{"in use", "over.qcow2 a.qcow2"},
+		{"too large", "-o cluster_size=512 huge.img new.qcow2"},
+		{"cannot be compressed", "-c a.img new.img"},
+		{"exclude each other", "-c -o preallocation=full a.img new.qcow2"},
+		{"-W", "-c -W a.img new.qcow2"},
+		{"requires -n", "--target-is-zero a.img new.img"},
+		{"standard output", "-O qcow2 a.img -"},
+		{"standard output", "-W a.img -"},
+		{"only source", "- a.img new.img"},
+		{"only source", "a.img - new.img"},
+		{"more than one source", "-B a.qcow2 -F qcow2 a.img a.img new.qcow2"},
+		{"-F", "-B a.qcow2 a.img new.qcow2"},
+		{"none.qcow2", "-B none.qcow2 -F qcow2 a.img new.qcow2"},
+		{"not supported for format raw", "-o cluster_size=4k a.img new.img"},
+		{"-S", "-S 100 a.img new.img"},
+		{"-S", "-S 32M a.img new.img"},
+		{"-m", "-m 17 a.img new.img"},
+		{"-r", "-r fast a.img new.img"},
+		{"-o has no effect", "-n -o size=3M a.img a.qcow2"},
+		{"no internal snapshot", "-l then a.qcow2 new.img"},
+		{"size", "-o size=3M a.img new.qcow2"},
+		{"--object", "--object secret,id=x a.img new.img"},
+		{"cache mode", "-t sometimes a.img new.img"},
+	} {
+		code, out, messages := calf(t, append([]string{"image", "convert"}, strings.Fields(c.args)...)...)
+		if code != 1 || out != "" || !strings.Contains(messages, c.says) {
+			t.Errorf("%q: code %d, %s%s, want %q in it", c.args, code, out, messages, c.says)
+		}
+		if after := entries(t); !slices.Equal(before, after) {
+			t.Fatalf("%q leaves %v", c.args, after)
+		}
+	}
+}
+
+// TestConvertCutOff reads an image whose end is missing, as after a download that
+// broke off.
+func TestConvertCutOff(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "in.qcow2", "4M")
+	must(t, "qemu-io", "-c", "write -P 5 0 2M", "in.qcow2")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "in.qcow2", "-F", "qcow2", "over.qcow2")
+	fi, err := os.Stat("in.qcow2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	must(t, "truncate", "-s", fmt.Sprint(fi.Size()-1000), "in.qcow2") // of the last cluster
+	must(t, "qemu-img", "convert", "-O", "raw", "in.qcow2", "want")
+	mustCalf(t, "image", "convert", "-q", "in.qcow2", "out")
+	must(t, "cmp", "out", "want")
+	must(t, "truncate", "-s", fmt.Sprint(fi.Size()-1<<20), "in.qcow2")
+	for _, in := range []string{"in.qcow2", "over.qcow2"} {
+		if code, _, messages := calf(t, "image", "convert", in, "out"); code != 1 || !strings.Contains(messages, "in.qcow2 was cut off: byte 1048576") {
+			t.Errorf("%s: code %d, %s", in, code, messages)
+		}
+		must(t, "cmp", "out", "want") // it is what it was
+	}
+	must(t, "qemu-img", "convert", "-O", "raw", "in.qcow2", "short")
+	code, _, messages := calf(t, "image", "convert", "--salvage", "in.qcow2", "out")
+	if code != 0 || strings.Count(messages, "lost: 1048576 bytes at 1048576") != 1 {
+		t.Errorf("code %d, %s", code, messages)
+	}
+	must(t, "cmp", "out", "short")
+}
+
+// TestConvertBacking keeps backing files. What the target shows of one is not copied,
+// be it a layer of the source or a copy of one.
+func TestConvertBacking(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "base.img", "8M")
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 1 0 8M", "base.img")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.img", "-F", "raw", "mid.qcow2")
+	must(t, "qemu-io", "-c", "write -P 2 1M 1M", "-c", "write -z 3M 1M", "mid.qcow2")
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", "top.qcow2")
+	must(t, "qemu-io", "-c", "write -P 3 5M 64k", "top.qcow2")
+	must(t, "cp", "base.img", "copy.img")
+	must(t, "cp", "mid.qcow2", "midcopy.qcow2")
+	for _, c := range []struct {
+		flags string
+		most  int64 // bytes of data
+	}{
+		{"-B mid.qcow2 -F qcow2", 64 << 10},
+		{"-B midcopy.qcow2 -F qcow2", 64 << 10},
+		{"-B base.img -F raw", 1<<20 + 64<<10},
+		{"-B copy.img -F raw", 1<<20 + 64<<10},
+		{"-o backing_file=copy.img,backing_fmt=raw", 1<<20 + 64<<10},
+		{"-c -B copy.img -F raw", 1 << 20},
+		{"-o cluster_size=2M -c -B base.img -F raw", 2 << 20}, // an L2 table
+		{"-o compat=0.10 -B base.img -F raw", 2<<20 + 64<<10}, // zeros take room
+		{"", 7 << 20},
+	} {
+		mustCalf(t, append(append([]string{"image", "convert", "-q"}, strings.Fields(c.flags)...), "top.qcow2", "out.qcow2")...)
+		must(t, "qemu-img", "compare", "top.qcow2", "out.qcow2")
+		must(t, "qemu-img", "check", "-q", "out.qcow2")
+		if got := onDisk(t, "out.qcow2"); got > c.most+512<<10 || c.flags == "" && got < c.most {
+			t.Errorf("%q takes %d bytes, want about %d", c.flags, got, c.most)
 		}
 	}
 }

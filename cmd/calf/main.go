@@ -24,8 +24,9 @@ func main() {
 		}
 		return
 	}
-	// A reader of the messages that goes away must not take the guest with it.
-	signal.Ignore(unix.SIGPIPE)
+	// A reader of the messages that goes away must not take the guest with it, and a
+	// file that may not grow is an error like a full disk.
+	signal.Ignore(unix.SIGPIPE, unix.SIGXFSZ)
 	p := program{started: time.Now(), streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
 	os.Exit(p.run(os.Args[1:]))
 }

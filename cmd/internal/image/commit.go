@@ -52,7 +52,7 @@ func Commit(ctx context.Context, path string, o CommitOptions, meter *progress.M
 
 // merge copies an overlay to its base, and empties the overlay once that is stable.
 func merge(ctx context.Context, base qcow2.Base, empty func(context.Context) error, c *copying) error {
-	c.meter.Expect(c.expected())
+	c.expect()
 	if err := c.disk(ctx); err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,7 +21,7 @@ const Stream = "-"
 type ConvertOptions struct {
 	Source OpenOptions // for each source
 	Format string      // of the target; empty means what FormatOf says of its name
-	Cache  string      // with which the target is written, CacheUnsafe if it is empty
+	Cache  string      // with which the target is written
 	// Create describes the target. Its size is that of the sources.
 	Create CreateOptions
 	// Compress makes compressed clusters.
@@ -102,7 +101,9 @@ func (v *conversion) check() error {
 		return errors.New("a qcow2 image is not written from its beginning to its end, so it cannot go to standard output: write it to a file")
 	case stream && (o.Existing || o.Unordered || o.Create.Preallocation != qcow2.PreallocateOff):
 		return errors.New("standard output takes bytes in their order only: leave out -n, -W and preallocation")
-	case v.sources[0] == Stream && len(v.sources) > 1:
+	case o.Create.Size != 0:
+		return errors.New("convert makes a disk of the size that the source has: leave out -o size, and resize it then")
+	case slices.Contains(v.sources, Stream) && len(v.sources) > 1:
 		return errors.New("standard input can be the only source")
 	case o.Create.BackingFile != "" && len(v.sources) > 1:
 		return errors.New("a backing file for the target makes no sense with more than one source")
@@ -133,7 +134,7 @@ func (v *conversion) write(ctx context.Context) error {
 		return err
 	}
 	v.Create.Size = v.size
-	return replace(v.target, func(temp string) error { return v.create(ctx, temp) })
+	return replaceFile(v.target, v.Cache != CacheUnsafe, func(temp string) error { return v.create(ctx, temp) })
 }
 
 // apart refuses a target that is a source.
@@ -215,7 +216,7 @@ func (v *conversion) overwrite(ctx context.Context) error {
 // as zero if it is fresh.
 func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err error) {
 	to, err := Open(path, OpenOptions{
-		Format: v.Format, Cache: cmp.Or(v.Cache, CacheUnsafe), Volatile: path != v.target, BackingDirs: v.Source.BackingDirs,
+		Format: v.Format, Cache: v.Cache, Volatile: path != v.target, BackingDirs: v.Source.BackingDirs,
 	})
 	if err != nil {
 		return err
@@ -267,7 +268,7 @@ func growth(to *Image, size int64) int64 {
 // as long as it is so far.
 func (v *conversion) copy(ctx context.Context, longer func(size int64) error) error {
 	if v.from != nil {
-		v.meter.Expect(v.expected())
+		v.expect()
 		return v.disk(ctx)
 	}
 	size, err := v.stream(ctx, v.Input, longer)

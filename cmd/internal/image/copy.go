@@ -43,6 +43,8 @@ type copying struct {
 	sparse int64
 	// ordered makes writes in the order of their offsets.
 	ordered bool
+	// leave, if not nil, says which ranges of the source stay out of it all.
+	leave   func(*qcow2.Mapping) bool
 	workers int
 	rate    int64 // bytes in a second; 0 is no limit
 	// lost, if not nil, takes what cannot be read and becomes zero; else that is
@@ -86,6 +88,8 @@ const (
 	pieceBytes = 1 << 20
 	// zeroBytes is the length of one that is made zero.
 	zeroBytes = 1 << 30
+	// minSparse is the least length of zeros that are worth a hole.
+	minSparse = 4096
 	// copyMemory bounds the buffers of a copy, of which there are two at least.
 	copyMemory = 64 << 20
 )
@@ -129,7 +133,10 @@ func (c *copying) run(ctx context.Context, produce func(ctx context.Context, emi
 	}
 	close(pieces)
 	workers.Wait()
-	return context.Cause(ctx)
+	if err = context.Cause(ctx); errors.Is(err, context.Canceled) {
+		err = fmt.Errorf("the copy was interrupted: %w", err)
+	}
+	return err
 }
 
 // pieceLength is a multiple of the sink's grain.
@@ -175,23 +182,6 @@ func (c *copying) disk(ctx context.Context) error {
 		}
 		return nil
 	})
-}
-
-// expected is how many bytes of the source have to be read.
-func (c *copying) expected() int64 {
-	if c.meter == nil || c.from == nil {
-		return 0
-	}
-	var n int64
-	for t, err := range c.tasks() {
-		if err != nil {
-			return 0 // the copy will say so
-		}
-		if t.action >= compare {
-			n += t.end - t.off
-		}
-	}
-	return n
 }
 
 // stream copies what r has up to its end, and returns the size of the disk that it
@@ -251,6 +241,25 @@ func (r interruptible) Read(p []byte) (int, error) {
 	return r.Reader.Read(p)
 }
 
+// expect tells the meter how many bytes have to be copied, and returns that.
+func (c *copying) expect() int64 {
+	look := *c
+	if c.lost != nil {
+		look.lost = new(Lost) // what is lost is said once
+	}
+	var n int64
+	for t, err := range look.tasks() {
+		if err != nil {
+			break // the copy will say so
+		}
+		if t.action >= compare {
+			n += t.end - t.off
+		}
+	}
+	c.meter.Expect(n)
+	return n
+}
+
 // pacer keeps a rate of bytes in a second; 0 is no limit.
 type pacer struct {
 	rate, done int64
@@ -284,6 +293,14 @@ func (c *copying) tasks() iter.Seq2[task, error] {
 				if err != nil { // reading it says what is lost
 					m = qcow2.Mapping{Length: min(size-off, pieceBytes-off%pieceBytes), Kind: qcow2.MapData}
 				}
+				if m.Missing {
+					gone := fmt.Errorf("%s was cut off: byte %d of the disk, at %d in it, is not there", m.Path, off, m.HostOffset)
+					if c.lost == nil {
+						yield(task{}, gone)
+						return
+					}
+					c.lost.add(off, off+m.Length, gone)
+				}
 				if !yield(task{c.actionFor(&m), off, off + m.Length}, nil) {
 					return
 				}
@@ -294,8 +311,10 @@ func (c *copying) tasks() iter.Seq2[task, error] {
 }
 
 func (c *copying) actionFor(m *qcow2.Mapping) action {
-	zero := m.Kind == qcow2.MapZero || m.Kind == qcow2.MapUnallocated
+	zero := m.Kind == qcow2.MapZero || m.Kind == qcow2.MapUnallocated || m.Hole || m.Missing
 	switch {
+	case c.leave != nil && c.leave(m):
+		return keep
 	case c.base != nil && c.shared >= 0 && m.Layer >= c.shared:
 		return keep
 	case zero && c.sparse > 0 && c.fresh:
