@@ -68,6 +68,7 @@ func imageVerbs() []verbGroup {
 		}},
 		{"To copy and merge them:", []*cobra.Command{
 			newImageConvert(),
+			newImageCompact(),
 			newImageCommit(),
 		}},
 		{"To use and measure them:", []*cobra.Command{
