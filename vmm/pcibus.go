@@ -70,7 +70,7 @@ func bar(devfn int) guest.GPA {
 	if i < 0 {
 		i = slots - 1 + devfn
 	}
-	return pciWindow + guest.GPA(i*pci.BARSize)
+	return pciWindow + guest.GPA(i*pci.BARSize) //nolint:gosec // G115: not negative
 }
 
 // All of them lie in the window.

@@ -79,5 +79,5 @@ func fill(bufs [][]byte) uint32 {
 		_, _ = rand.Read(b) // it never fails
 		n += len(b)
 	}
-	return uint32(n) //nolint:gosec // G115: at most maxFill
+	return uint32(n)
 }

@@ -52,7 +52,7 @@ func (d *Device) ServeUnix(ctx context.Context, l net.Listener) error {
 			return errors.Join(err, closeOnce(l))
 		}
 		serving.Go(func() {
-			defer u.Close()
+			defer func() { _ = u.Close() }() // twice, mostly
 			defer context.AfterFunc(ctx, func() { _ = u.Close() })()
 			if c, r, err := d.greet(ctx, u); err == nil {
 				relay(c, u.(*net.UnixConn), r)

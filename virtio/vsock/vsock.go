@@ -13,6 +13,7 @@ package vsock
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -119,11 +120,11 @@ func (d *Device) Queues() (n int, maxSize uint16) { return queues, queueSize }
 
 // ReadConfig implements virtio.Device: the guest's context ID, 8 bytes.
 func (d *Device) ReadConfig(off uint64, p []byte) {
-	for i := range p {
-		p[i] = 0
-		if at := off + uint64(i); at < 4 {
-			p[i] = byte(d.cfg.CID >> (8 * at))
-		}
+	clear(p)
+	var space [8]byte
+	binary.LittleEndian.PutUint32(space[:], d.cfg.CID)
+	if off < uint64(len(space)) {
+		copy(p, space[off:])
 	}
 }
 
