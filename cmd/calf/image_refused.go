@@ -35,11 +35,11 @@ var refusedFlags = map[string][]refusedFlag{
 		{"target-image-opts", "", false, "name the target, with its format by -O"},
 	},
 	"serve": {
+		{"allocation-depth", "A", false, "calf image map tells which image of a chain has a range"},
 		{"aio", "", true, "leave it out: there is one way to do input and output"},
-		{"bitmap", "B", true, "bitmaps cannot be served yet; calf image bitmap works on them"},
 		{"connect", "c", true, "connect the kernel's client to the address that is printed, by nbd-client"},
 		{"detect-zeroes", "", true, "let the client make ranges zero by a request for that"},
-		{"disconnect", "d", true, "use nbd-client -d"},
+		{"disconnect", "d", false, "use nbd-client -d"},
 		{"fork", "", false, "start it in the background, and wait for the address that it prints"},
 		{"list", "L", false, "to ask a server what it has, use nbdinfo --list"},
 		{"offset", "o", true, "the disk is served as a whole"},

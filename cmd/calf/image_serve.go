@@ -97,7 +97,7 @@ func (f *serveFlags) define(cmd *cobra.Command) {
 	flags.StringVar(&f.all.Open.Cache, "cache", image.CacheWriteback, "cache mode: writeback, writethrough, none, directsync or unsafe")
 	flags.BoolVarP(&f.noCache, "nocache", "n", false, "the same as --cache=none")
 	flags.StringVar(&f.discard, "discard", "unmap", "whether the host gets back the room of what clients discard: unmap or ignore")
-	flags.BoolVarP(&f.all.Depth, "allocation-depth", "A", false, "tell clients which image of the chain has a range")
+	flags.StringArrayVarP(&f.all.Bitmaps, "bitmap", "B", nil, "persistent bitmap that clients may read, with -r, as the metadata context qemu:dirty-bitmap:NAME")
 	flags.StringArrayVar(&f.all.Open.BackingDirs, "backing-dir", nil, "directory in which a backing file may lie, beside that of the image")
 	flags.BoolVarP(&f.verbose, "verbose", "v", false, "print which clients come and go")
 	flags.BoolVarP(&f.quiet, "quiet", "q", false, "do not print what was served")

@@ -40,8 +40,9 @@ type ServedImage struct {
 	Open              OpenOptions
 	// NoDiscard keeps the room of what clients trim or make zero.
 	NoDiscard bool
-	// Depth offers clients the metadata context qemu:allocation-depth.
-	Depth bool
+	// Bitmaps are the names of persistent bitmaps that clients may read, as
+	// metadata contexts. They need an image that nobody writes to.
+	Bitmaps []string
 }
 
 const (
@@ -66,7 +67,11 @@ func Serve(ctx context.Context, o ServeOptions) (stats nbd.Stats, err error) {
 			return stats, err
 		}
 		images = append(images, img)
-		cfg.Exports = append(cfg.Exports, s.export(img))
+		export, err := s.export(img)
+		if err != nil {
+			return stats, err
+		}
+		cfg.Exports = append(cfg.Exports, export)
 	}
 	server, err := nbd.New(cfg)
 	if err != nil {
@@ -76,7 +81,7 @@ func Serve(ctx context.Context, o ServeOptions) (stats nbd.Stats, err error) {
 	if err != nil {
 		return stats, err
 	}
-	defer closing(ln, &err)
+	defer func() { _ = ln.Close() }() // The server has done it, if it came so far.
 	if o.PIDFile != "" {
 		if err := os.WriteFile(o.PIDFile, fmt.Appendln(nil, os.Getpid()), 0o644); err != nil {
 			return stats, err
@@ -103,15 +108,24 @@ func (s *served) Close() error {
 }
 
 // export is the image, opened as img, for a server.
-func (s ServedImage) export(img *Image) nbd.Export {
+func (s ServedImage) export(img *Image) (nbd.Export, error) {
 	e := nbd.Export{
 		Name: s.Name, Description: s.Description, NoDiscard: s.NoDiscard,
 		Disk: servedDisk{img}, ReadOnly: s.Open.ReadOnly,
 	}
-	if s.Depth {
-		e.Contexts = append(e.Contexts, nbd.Context{Name: "qemu:allocation-depth", Extents: servedDisk{img}.depths})
+	for _, name := range s.Bitmaps {
+		if img.QCOW2 == nil || !img.ReadOnly() {
+			return e, fmt.Errorf("%s: bitmaps are served of qcow2 images that are served read-only", s.Path)
+		}
+		for _, err := range img.QCOW2.DirtyRanges(name) {
+			if err != nil {
+				return e, err
+			}
+			break // It can be read.
+		}
+		e.Contexts = append(e.Contexts, nbd.Context{Name: "qemu:dirty-bitmap:" + name, Extents: servedDisk{img}.dirty(name)})
 	}
-	return e
+	return e, nil
 }
 
 // servedDisk is an image as a server has use for it.
@@ -132,34 +146,47 @@ func (d servedDisk) IOHints() (physicalBlock, minIO, optimalIO int64) {
 
 // Extents implements nbd.Mapper.
 func (d servedDisk) Extents(off, n int64) iter.Seq2[nbd.Extent, error] {
-	return d.extents(off, n, func(m qcow2.Mapping) uint32 {
-		switch {
-		case m.Kind == qcow2.MapUnallocated || m.Kind == qcow2.MapZero:
-			return nbd.StateHole | nbd.StateZero
-		case m.Hole:
-			return nbd.StateZero
-		}
-		return 0
-	})
-}
-
-// depths are the extents in the terms of qemu:allocation-depth: 1 is the image
-// itself, 2 its backing file, and so on; 0 is nowhere.
-func (d servedDisk) depths(off, n int64) iter.Seq2[nbd.Extent, error] {
-	return d.extents(off, n, func(m qcow2.Mapping) uint32 {
-		if m.Kind == qcow2.MapUnallocated {
-			return 0
-		}
-		return uint32(m.Layer) + 1 //nolint:gosec // G115: chains are short
-	})
-}
-
-func (d servedDisk) extents(off, n int64, status func(qcow2.Mapping) uint32) iter.Seq2[nbd.Extent, error] {
 	return func(yield func(nbd.Extent, error) bool) {
 		for m, err := range d.Map(off, n) {
-			if !yield(nbd.Extent{Length: m.Length, Status: status(m)}, err) {
+			e := nbd.Extent{Length: m.Length}
+			switch {
+			case m.Kind == qcow2.MapUnallocated || m.Kind == qcow2.MapZero:
+				e.Status = nbd.StateHole | nbd.StateZero
+			case m.Hole:
+				e.Status = nbd.StateZero
+			}
+			if !yield(e, err) {
 				return
 			}
+		}
+	}
+}
+
+// dirty is what a persistent bitmap says of ranges, in the terms of
+// qemu:dirty-bitmap: 1 of those that have changed.
+func (d servedDisk) dirty(name string) func(off, n int64) iter.Seq2[nbd.Extent, error] {
+	return func(off, n int64) iter.Seq2[nbd.Extent, error] {
+		return func(yield func(nbd.Extent, error) bool) {
+			end := off + n
+			for r, err := range d.QCOW2.DirtyRanges(name) {
+				first, last := max(r.Offset, off), min(r.Offset+r.Length, end)
+				switch {
+				case err != nil:
+					yield(nbd.Extent{}, err)
+					return
+				case first >= end:
+					yield(nbd.Extent{Length: end - off}, nil)
+					return
+				case last <= off:
+					continue
+				case first > off && !yield(nbd.Extent{Length: first - off}, nil):
+					return
+				case !yield(nbd.Extent{Length: last - first, Status: 1}, nil) || last == end:
+					return
+				}
+				off = last
+			}
+			yield(nbd.Extent{Length: end - off}, nil)
 		}
 	}
 }
