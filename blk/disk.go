@@ -1,5 +1,7 @@
 package blk
 
+import "io"
+
 // Disk is what a block device serves: a number of bytes that can be read,
 // written and made durable. *qcow2.Image and *Raw are disks; another one only
 // has to pass blktest.
@@ -69,4 +71,17 @@ type Hinter interface {
 	// requests that suits the disk; and the one that suits it best. 0 means
 	// that there is nothing to say. They are constant.
 	IOHints() (physicalBlock, minIO, optimalIO int64)
+}
+
+// NewReader returns a reader of all of a disk as it is now.
+func NewReader(d Disk) *io.SectionReader { return io.NewSectionReader(reader{d}, 0, d.Size()) }
+
+// reader reads ranges that lie inside a disk.
+type reader struct{ Disk }
+
+func (r reader) ReadAt(p []byte, off int64) (int, error) {
+	if err := r.ReadvAt([][]byte{p}, off); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }

@@ -49,7 +49,7 @@ type VM struct {
 
 // Boot is the table [boot]: what the guest runs first.
 type Boot struct {
-	Kernel  string `toml:"kernel,omitempty"`
+	Kernel  string `toml:"kernel,omitempty"` // "" = the one found on the first disk
 	Initrd  string `toml:"initrd,omitempty"`
 	Cmdline string `toml:"cmdline,omitempty"` // appended to calf's own command line
 }

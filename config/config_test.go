@@ -147,7 +147,7 @@ func TestErrorMessages(t *testing.T) {
 
 func TestValidateNeedsAKernel(t *testing.T) {
 	c := parse(t, "[vm]\ncpus = 2\n")
-	const want = "test.toml:1:1: no kernel is given: set kernel in [boot], or use --kernel"
+	const want = "test.toml:1:1: no kernel is given: set kernel in [boot], or use --kernel, or give a disk that has one"
 	if err := c.Validate(); err == nil || err.Error() != want {
 		t.Errorf("Validate = %v, want %s", err, want)
 	}

@@ -43,9 +43,9 @@ var rules = map[string]rule{
 	"vm.boot_timeout": {doc: "Time after which the run is ended if the guest has not come up; 0 for none."},
 
 	"boot":         {doc: "What the guest runs first."},
-	"boot.kernel":  {doc: "Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry.", path: true},
+	"boot.kernel":  {doc: "Linux kernel: a bzImage, or an ELF vmlinux with a PVH entry. The default is the one that a boot loader would start from the first disk, with its initial RAM disk and its root.", path: true},
 	"boot.initrd":  {doc: "Initial RAM disk.", path: true, optional: true},
-	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own.", max: 2047, ascii: true},
+	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own and to those of a kernel from the first disk.", max: 2047, ascii: true},
 
 	"vsock":      {doc: "Stream connections between guest and host without a network."},
 	"vsock.path": {doc: "Unix socket to make, on which programs open connections to the guest: they write CONNECT PORT and a newline, and read OK. The guest's own connections to PORT of the host go to the socket path_PORT. Without a path there is no such device.", path: true, optional: true},

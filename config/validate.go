@@ -14,8 +14,8 @@ func (c *Config) Validate() error {
 	for _, t := range c.tables() {
 		errs = append(errs, c.checkTable(t)...)
 	}
-	if c.Boot.Kernel == "" {
-		errs = append(errs, c.origins[""].errorf("no kernel is given: set kernel in [boot], or use --kernel"))
+	if c.Boot.Kernel == "" && len(c.Disks) == 0 {
+		errs = append(errs, c.origins[""].errorf("no kernel is given: set kernel in [boot], or use --kernel, or give a disk that has one"))
 	}
 	return errs.sorted()
 }

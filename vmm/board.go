@@ -286,11 +286,7 @@ func (b *board) load() error {
 	if err := b.mem.Write(boot.ACPITables, tables); err != nil {
 		return fmt.Errorf("%w: %d KiB of memory do not hold a PC; ask for more", ErrConfig, b.m.cfg.Memory>>10)
 	}
-	var err error
-	if b.entry, err = b.loadKernel(); err != nil {
-		return fmt.Errorf("%w: kernel %q: %w", ErrConfig, b.m.cfg.Kernel, err)
-	}
-	return nil
+	return b.loadKernel()
 }
 
 // ownCmdline is what the machine needs the kernel to know: where the console
@@ -298,27 +294,27 @@ func (b *board) load() error {
 // a reboot by that).
 const ownCmdline = "console=ttyS0 panic=-1 reboot=panic_warm"
 
-func (b *board) loadKernel() (boot.Entry, error) {
+func (b *board) loadKernel() error {
+	p, err := b.m.payload()
+	if err != nil {
+		return err
+	}
 	cfg := boot.Config{
+		Kernel:   p.Kernel,
+		Initrd:   p.Initrd,
 		Cmdline:  ownCmdline,
 		RSDP:     boot.ACPITables,
 		Reserved: []boot.Range{{Base: ecamBase, Size: ecamSize}},
 	}
-	if b.m.cfg.Cmdline != "" {
-		cfg.Cmdline += " " + b.m.cfg.Cmdline
-	}
-	var err error
-	if cfg.Kernel, err = bootFile(b.m.kernel); err != nil {
-		return boot.Entry{}, err
-	}
-	if b.m.initrd != nil {
-		initrd, err := bootFile(b.m.initrd)
-		if err != nil {
-			return boot.Entry{}, err
+	for _, more := range []string{p.Cmdline, b.m.cfg.Cmdline} {
+		if more != "" {
+			cfg.Cmdline += " " + more
 		}
-		cfg.Initrd = &initrd
 	}
-	return boot.Load(b.mem, cfg)
+	if b.entry, err = boot.Load(b.mem, cfg); err != nil {
+		return fmt.Errorf("%w: kernel %q: %w", ErrConfig, p.Name, err)
+	}
+	return nil
 }
 
 func (b *board) createVCPUs() error {

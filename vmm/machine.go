@@ -33,8 +33,8 @@ type Machine struct {
 	start  time.Time // from which the phases are measured
 	sys    *kvm.System
 	cpuid  []kvm.CPUIDEntry // what KVM supports
-	kernel *os.File
-	initrd *os.File // nil: none
+	kernel *os.File         // nil: Config.Boot knows
+	initrd *os.File         // nil: none
 	out    *consoleOutput
 	in     consoleInput
 	disks  []Disk
@@ -65,8 +65,10 @@ func (m *Machine) setUp() error {
 		return err
 	}
 	var err error
-	if m.kernel, err = openFile("kernel", m.cfg.Kernel); err != nil {
-		return err
+	if m.cfg.Kernel != "" {
+		if m.kernel, err = openFile("kernel", m.cfg.Kernel); err != nil {
+			return err
+		}
 	}
 	if m.cfg.Initrd != "" {
 		if m.initrd, err = openFile("initrd", m.cfg.Initrd); err != nil {
@@ -103,7 +105,7 @@ func (m *Machine) applyDefaults() error {
 		return fmt.Errorf("%w: %d vCPUs; a machine has at most %d", ErrConfig, c.CPUs, MaxCPUs)
 	case c.Memory%pageSize != 0:
 		return fmt.Errorf("%w: %d bytes of memory are not a multiple of %d", ErrConfig, c.Memory, pageSize)
-	case c.Kernel == "":
+	case c.Kernel == "" && c.Boot == nil:
 		return fmt.Errorf("%w: no kernel is given; set [boot] kernel in the file, or --kernel", ErrConfig)
 	}
 	return nil
@@ -140,6 +142,28 @@ func openFile(what, path string) (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("%w: %s %q: %w", ErrConfig, what, path, err), f.Close())
 	}
 	return f, nil
+}
+
+// payload returns what to boot now.
+func (m *Machine) payload() (Payload, error) {
+	p := Payload{Name: m.cfg.Kernel}
+	var err error
+	if m.kernel == nil {
+		p, err = m.cfg.Boot()
+	} else {
+		p.Kernel, err = bootFile(m.kernel)
+	}
+	if err != nil {
+		return Payload{}, fmt.Errorf("%w: kernel: %w", ErrConfig, err)
+	}
+	if m.initrd != nil {
+		initrd, err := bootFile(m.initrd)
+		if err != nil {
+			return Payload{}, fmt.Errorf("%w: initrd: %w", ErrConfig, err)
+		}
+		p.Initrd = &initrd
+	}
+	return p, nil
 }
 
 func bootFile(f *os.File) (boot.File, error) {

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	guestboot "github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/guest/guesttest"
 	"github.com/calfvm/calf/vmm"
 )
@@ -167,6 +168,30 @@ func TestReboot(t *testing.T) {
 	}
 	if strings.Contains(out.String(), "!") {
 		t.Errorf("a guest saw the memory of the one before it: %q", out.String())
+	}
+}
+
+// TestBoot: where a function says what to boot, it is asked for every start.
+func TestBoot(t *testing.T) {
+	var first, second guesttest.Program
+	first.Print("first ")
+	first.Reset()
+	second.Print("second")
+	second.PowerOff()
+	programs := []*guesttest.Program{&first, &second}
+	outcome, console := run(t, new(guesttest.Program), func(c *vmm.Config) {
+		c.Kernel, c.NoReboot = "", false
+		c.Boot = func() (vmm.Payload, error) {
+			if len(programs) == 0 {
+				return vmm.Payload{}, errors.New("asked too often")
+			}
+			b := programs[0].ELF()
+			programs = programs[1:]
+			return vmm.Payload{Name: "disk", Kernel: guestboot.File{ReaderAt: bytes.NewReader(b), Size: int64(len(b))}}, nil
+		}
+	})
+	if outcome != vmm.PowerOff || console != "first second" {
+		t.Errorf("%v, console %q", outcome, console)
 	}
 }
 
@@ -363,6 +388,14 @@ func TestBadConfig(t *testing.T) {
 		want   string
 	}{
 		{"no kernel", func(c *vmm.Config) { c.Kernel = "" }, "no kernel is given"},
+		{"no payload", func(c *vmm.Config) {
+			c.Kernel, c.Boot = "", func() (vmm.Payload, error) { return vmm.Payload{}, errors.New("nothing there") }
+		}, "nothing there"},
+		{"a payload that is none", func(c *vmm.Config) {
+			c.Kernel, c.Boot = "", func() (vmm.Payload, error) {
+				return vmm.Payload{Name: "on the disk", Kernel: guestboot.File{ReaderAt: strings.NewReader("text"), Size: 4}}, nil
+			}
+		}, `kernel "on the disk"`},
 		{"missing kernel", func(c *vmm.Config) { c.Kernel = filepath.Join(dir, "none") }, "no such file"},
 		{"a directory", func(c *vmm.Config) { c.Kernel = dir }, "not a regular file"},
 		{"not a kernel", func(c *vmm.Config) { c.Kernel = text }, "neither a bzImage (vmlinuz) nor an ELF file (vmlinux)"},

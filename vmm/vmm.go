@@ -27,6 +27,7 @@ import (
 	"time"
 
 	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/virtio/vsock"
 )
 
@@ -52,6 +53,9 @@ type Config struct {
 	Initrd string
 	// Cmdline is appended to the machine's own kernel command line.
 	Cmdline string
+	// Boot says what to boot where Kernel is empty. New calls it, and Run calls it
+	// again for every reboot, while no guest runs.
+	Boot func() (Payload, error)
 	// Console is the far end of the guest's serial port.
 	Console Console
 	// Vsock is the guest's socket device, or nil. It stays the caller's, who
@@ -73,6 +77,18 @@ type Config struct {
 	Started time.Time
 	// Logger gets what the machine does; nil: nothing does.
 	Logger *slog.Logger
+}
+
+// Payload is what a machine boots. It is read before the call is over that asked
+// for it.
+type Payload struct {
+	// Name is what messages call the kernel.
+	Name   string
+	Kernel boot.File
+	// Initrd is used if Config.Initrd is empty; nil: none.
+	Initrd *boot.File
+	// Cmdline comes before Config.Cmdline.
+	Cmdline string
 }
 
 // Disk is a block device of a machine.

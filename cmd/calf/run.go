@@ -17,7 +17,7 @@ import (
 
 // overrides are the flags that hold the value of a key of the file.
 var overrides = []struct{ flag, key, usage string }{
-	{"kernel", "boot.kernel", "Linux kernel, a bzImage or an ELF vmlinux: `FILE`"},
+	{"kernel", "boot.kernel", "Linux kernel, a bzImage or an ELF vmlinux: `FILE` (default: the one on the first disk)"},
 	{"initrd", "boot.initrd", "initial RAM disk: `FILE`"},
 	{"cmdline", "boot.cmdline", "kernel `PARAMETERS`, appended to calf's own"},
 	{"cpus", "vm.cpus", "`NUMBER` of virtual CPUs (default 1)"},
@@ -52,6 +52,10 @@ The guest is described by a TOML file, by a QCOW2 image that becomes its first
 disk, or by flags alone. A flag overrides the file; --disk adds a disk, or
 changes the keys of the disk of the file that has the same path.
 
+Without a kernel, the guest boots the one that a boot loader would start from its
+first disk, with the initial RAM disk and the root that go with it; calf image info
+--boot shows which. The disk has ext4, ext3 or ext2 where its kernel lies.
+
 With an IMAGE, writes go to a throw-away overlay and the image stays as it is;
 the disks of a file, and those of --disk without an IMAGE, are written unless
 they say snapshot. --snapshot and --no-snapshot decide for all disks.
@@ -67,7 +71,8 @@ Exit codes:
   125    the configuration or the host is at fault; the message says how
   128+N  the run was ended by signal N (130 by Ctrl-A x)
   255    the guest panicked or triple-faulted`,
-		Example: `  calf run ci.toml
+		Example: `  calf run debian-12.qcow2
+  calf run ci.toml
   calf run --kernel vmlinuz --memory 1G --cpus 2 debian-12.qcow2
   calf run ci.toml --disk scratch.img,format=raw,serial=scratch --timeout 10m --json result.json`,
 		ValidArgsFunction: filesNamed("toml", "qcow2"),

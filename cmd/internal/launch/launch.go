@@ -80,7 +80,10 @@ func Check(cfg *config.Config) error {
 	if err != nil {
 		return err
 	}
-	return open.close()
+	if cfg.Boot.Kernel == "" && len(open) > 0 {
+		_, err = findKernel(cfg, open[0].Disk)
+	}
+	return errors.Join(err, open.close())
 }
 
 // checkFile opens a regular file and has check look into it. A pipe, which
@@ -174,7 +177,7 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		return e
 	}
 	defer func() { also(socket.close()) }()
-	machine, err := vmm.New(machineConfig(cfg, opts, cons, socket))
+	machine, kernel, err := newMachine(cfg, opts, cons, socket)
 	if err != nil {
 		e.err = err
 		return e
@@ -186,6 +189,7 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	if open, e.err = openDisks(cfg, false); e.err != nil {
 		return e
 	}
+	kernel.use(open)
 	for _, d := range open {
 		d.Stopped = func(err error) { announceStop(opts.Streams.Messages, err) }
 		if e.err = machine.AddDisk(d); e.err != nil {
@@ -206,7 +210,21 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	return e
 }
 
-func machineConfig(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost) vmm.Config {
+// newMachine builds the machine of cfg, without its disks. A kernel on the first one
+// is read from it here, before any is opened for writing.
+func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost) (*vmm.Machine, *diskKernel, error) {
+	kernel, err := newDiskKernel(cfg, opts.Logger)
+	if err != nil {
+		return nil, nil, err
+	}
+	machine, err := vmm.New(machineConfig(cfg, opts, cons, socket, kernel))
+	if err = errors.Join(err, kernel.close()); err != nil && machine != nil {
+		err = errors.Join(err, machine.Close())
+	}
+	return machine, kernel, err
+}
+
+func machineConfig(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost, kernel *diskKernel) vmm.Config {
 	logger := opts.Logger
 	if cfg.VM.Name != "" {
 		logger = logger.With("vm", cfg.VM.Name)
@@ -217,6 +235,7 @@ func machineConfig(cfg *config.Config, opts Options, cons *console.Console, sock
 		Kernel:      cfg.Boot.Kernel,
 		Initrd:      cfg.Boot.Initrd,
 		Cmdline:     cfg.Boot.Cmdline,
+		Boot:        kernel.boot(),
 		Console:     vmm.Console{In: cons.In, Out: cons.Out},
 		Vsock:       socket.device(),
 		NoReboot:    opts.NoReboot,

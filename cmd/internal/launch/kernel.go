@@ -1,0 +1,94 @@
+package launch
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/boot"
+	"github.com/calfvm/calf/guest/boot/find"
+	"github.com/calfvm/calf/vmm"
+)
+
+// diskKernel boots what a boot loader would start from the first disk. It is found
+// anew for each start of the guest, so that a reboot starts what the guest has left
+// there. A nil one is of a guest whose kernel is given.
+type diskKernel struct {
+	cfg  *config.Config
+	disk blk.Disk
+	log  *slog.Logger
+}
+
+// newDiskKernel opens the first disk of cfg, which is effective, for reading; nil if
+// the disk does not matter.
+func newDiskKernel(cfg *config.Config, log *slog.Logger) (*diskKernel, error) {
+	if cfg.Boot.Kernel != "" || len(cfg.Disks) == 0 {
+		return nil, nil
+	}
+	disk, err := openDisk(cfg.Disks[0], true)
+	if err != nil {
+		return nil, err
+	}
+	return &diskKernel{cfg, disk, log}, nil
+}
+
+// close closes the disk that newDiskKernel has opened.
+func (k *diskKernel) close() error {
+	if k == nil {
+		return nil
+	}
+	return k.disk.(image).Close()
+}
+
+// use makes the first of the guest's own disks the one to boot from.
+func (k *diskKernel) use(open disks) {
+	if k != nil {
+		k.disk = open[0].Disk
+	}
+}
+
+// boot is the function that a machine asks what to boot, or nil.
+func (k *diskKernel) boot() func() (vmm.Payload, error) {
+	if k == nil {
+		return nil
+	}
+	return k.payload
+}
+
+func (k *diskKernel) payload() (vmm.Payload, error) {
+	f, err := findKernel(k.cfg, k.disk)
+	if err != nil {
+		return vmm.Payload{}, err
+	}
+	k.log.Info("found a kernel on the first disk", "kernel", f.Kernel, "title", f.Title, "cmdline", f.Cmdline())
+	return vmm.Payload{
+		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: f.Cmdline(),
+	}, nil
+}
+
+// findKernel finds what to boot on a disk, which is the first one of cfg. A root
+// that the user names is the one that counts.
+func findKernel(cfg *config.Config, disk blk.Disk) (*find.Found, error) {
+	r := blk.NewReader(disk)
+	f, err := find.Kernel(r, r.Size())
+	if err != nil {
+		what := "give a kernel with --kernel or [boot] kernel, and with it what it needs: --initrd, and the root with --cmdline root=/dev/vda1 or the like"
+		if !errors.Is(err, find.ErrNotFound) {
+			what = "a kernel can be given with --kernel or [boot] kernel"
+		}
+		return nil, fmt.Errorf("disk %s: %w; %s", cfg.Disks[0].Path, err, what)
+	}
+	given := slices.ContainsFunc(strings.Fields(cfg.Boot.Cmdline), func(arg string) bool { return strings.HasPrefix(arg, "root=") })
+	switch {
+	case given:
+		f.Root = ""
+	case f.Root == "":
+		return nil, fmt.Errorf("disk %s: %v has a kernel, but nothing says where its root is; give it with --cmdline root=/dev/vda1 or the like",
+			cfg.Disks[0].Path, find.Partition{Number: f.Kernel.Partition})
+	}
+	return f, nil
+}
