@@ -74,28 +74,35 @@ func rebaseHint(path string) string {
 // openBacking opens name, the backing file that the image at path names, with
 // the given format, by the trust rule.
 func (c *chain) openBacking(path, name, format string, opts Options) (backing, error) {
+	if err := checkBacking(path, name, format, opts); err != nil {
+		return nil, err
+	}
+	return c.openLayer(path, name, format, opts)
+}
+
+// checkBacking refuses a backing file for what the image at path says of it.
+func checkBacking(path, name, format string, opts Options) error {
 	refused := &Error{Path: path, Kind: ErrBackingRefused}
 	switch {
 	case opts.NoBacking:
 		refused.What = fmt.Sprintf("the image has the backing file %q, and backing files are not allowed here", name)
 		refused.Mend = fmt.Sprintf("make an image without one: qemu-img convert -O qcow2 %s NEW", shellWord(path))
-		return nil, refused
 	case hasProtocol(name):
 		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)
 		refused.Mend = rebaseHint(path)
-		return nil, refused
 	case format == "":
 		refused.What = fmt.Sprintf("the image does not say which format its backing file %q has", name)
 		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", shellWord(name), shellWord(path))
-		return nil, refused
 	case format != "qcow2" && format != "raw":
-		return nil, &Error{
+		return &Error{
 			Path: path, Kind: ErrUnsupported,
 			What: fmt.Sprintf("the format %q of the backing file %q is not supported (qcow2 and raw are)", format, name),
 			Mend: rebaseHint(path),
 		}
+	default:
+		return nil
 	}
-	return c.openLayer(path, name, format, opts)
+	return refused
 }
 
 // openLayer opens name, which the image at path lies over, for writing if it is the

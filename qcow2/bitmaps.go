@@ -146,11 +146,7 @@ func (m *Image) listBitmaps() ([]Bitmap, error) {
 	if err != nil {
 		return nil, err
 	}
-	var all []Bitmap
-	for _, row := range l.rows {
-		all = append(all, row.decode())
-	}
-	return all, nil
+	return l.decode(), nil
 }
 
 // bitmapList is what the file says of the bitmaps.
@@ -172,11 +168,25 @@ func (m *Image) readBitmaps() (l bitmapList, err error) {
 	if l.ext, err = m.loadExtensions(l.h); err != nil {
 		return l, err
 	}
+	return l, l.load(m.file)
+}
+
+// load reads the directory in f, of an image whose header is known.
+func (l *bitmapList) load(f file) (err error) {
 	if l.dir, err = l.h.bitmapDirectory(l.ext.bitmaps, l.fileSize); err != nil {
-		return l, err
+		return err
 	}
-	l.rows, err = l.dir.load(m.file)
-	return l, err
+	l.rows, err = l.dir.load(f)
+	return err
+}
+
+// decode returns the bitmaps in the list.
+func (l *bitmapList) decode() []Bitmap {
+	var all []Bitmap
+	for _, row := range l.rows {
+		all = append(all, row.decode())
+	}
+	return all
 }
 
 // find returns the index of the bitmap with the given name.

@@ -14,13 +14,19 @@ const (
 	extFeatureNames  = 0x6803f857
 	extBitmaps       = 0x23852875
 	extDataFile      = 0x44415441
+	extEncryption    = 0x0537be77
 )
 
 // Types of feature in the feature name table.
 const (
 	featureIncompatible = 0
+	featureCompatible   = 1
+	featureAutoclear    = 2
 	featureNameEntry    = 48 // bytes
 )
+
+// maxExtensionTypes is how many types of extensions in an image are remembered.
+const maxExtensionTypes = 64
 
 // maxBackingFormat is the longest name of a format that QEMU accepts, in bytes.
 const maxBackingFormat = 15
@@ -43,13 +49,16 @@ type extensions struct {
 	bitmapsAt     uint64 // where the extension for them begins in the file
 	end           uint64 // where the end marker is, 0 if there is none
 	dataFile      string // name of the external data file, empty if the image does not say
+
+	sizes map[uint32]int // of the data of each, by type, of the first maxExtensionTypes
+	twice bool           // two have the same type
 }
 
 // parseExtensions decodes the extensions in b, the first cluster of the image,
 // whose fixed header h has been validated. A missing end marker is tolerated at
 // the end of the area.
 func parseExtensions(h *header, b []byte) (extensions, error) {
-	x := extensions{features: featureNames{}}
+	x := extensions{features: featureNames{}, sizes: map[uint32]int{}}
 	end := uint64(len(b))
 	if h.backingOffset != 0 {
 		end = min(end, h.backingOffset)
@@ -67,6 +76,11 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 			return x, headerFault("header extension %#x of %d bytes is too large", kind, n)
 		}
 		data := b[off : off+n]
+		if _, again := x.sizes[kind]; again {
+			x.twice = true
+		} else if len(x.sizes) < maxExtensionTypes {
+			x.sizes[kind] = len(data)
+		}
 		switch kind {
 		case extBackingFormat:
 			if n > maxBackingFormat {

@@ -1,10 +1,8 @@
 package qcow2
 
 import (
-	"errors"
 	"fmt"
-	"math/bits"
-	"os"
+	"math"
 )
 
 // Info is what an image says of itself, and the names of other files in it.
@@ -45,54 +43,21 @@ func Inspect(path string) (*Info, error) { return inspectFile(path, accessRead) 
 func InspectShared(path string) (*Info, error) { return inspectFile(path, accessForced) }
 
 func inspectFile(path string, a access) (*Info, error) {
-	f, err := openRegular(path, os.O_RDONLY)
+	x, err := examineFile(path, a)
 	if err != nil {
 		return nil, err
 	}
-	if err := lockImage(f, path, a); err != nil {
-		return nil, errors.Join(err, f.Close())
+	if len(x.Faults) > 0 {
+		return nil, x.Faults[0]
 	}
-	m := &Image{path: path, file: newOSFile(f)}
-	info, err := m.inspect()
-	if err = errors.Join(err, f.Close()); err != nil {
-		return nil, inFile(path, err)
-	}
-	return info, nil
-}
-
-func (m *Image) inspect() (*Info, error) {
-	fileSize, err := m.file.Size()
-	if err != nil {
-		return nil, err
-	}
-	h, err := m.loadHeader(fileSize)
-	if err != nil {
-		return nil, err
-	}
-	first := make([]byte, min(int64(1)<<h.clusterBits, fileSize))
-	if err := readFull(m.file, first, 0); err != nil {
-		return nil, err
-	}
-	ext, err := parseExtensions(h, first)
-	if err != nil {
-		return nil, err
-	}
-	info := h.info(ext)
-	if info.BackingFile, err = backingName(h, first); err != nil {
-		return nil, err
-	}
-	if info.Snapshots, err = m.listSnapshots(); err != nil {
-		return nil, err
-	}
-	info.Bitmaps, err = m.listBitmaps()
-	return info, err
+	return &x.Info, nil
 }
 
 // info is what the header and its extensions say.
 func (h *header) info(ext extensions) *Info {
 	i := &Info{
 		Version:         int(h.version),
-		Size:            int64(h.size), //nolint:gosec // G115: validated
+		Size:            int64(min(h.size, math.MaxInt64)), //nolint:gosec // G115: bounded
 		ClusterSize:     1 << h.clusterBits,
 		RefcountBits:    1 << h.refcountOrder,
 		CompressionType: map[uint8]string{compressionDeflate: "zlib", compressionZstd: "zstd"}[h.compression],
@@ -106,10 +71,7 @@ func (h *header) info(ext extensions) *Info {
 		DataFile:        ext.dataFile,
 	}
 	i.DataFileRaw = i.ExternalData && h.autoclear>>autoclearRawData&1 != 0
-	for unknown := h.incompatible &^ knownIncompatible; unknown != 0; unknown &= unknown - 1 {
-		bit := uint(bits.TrailingZeros64(unknown))
-		i.UnknownFeatures = append(i.UnknownFeatures, ext.features.of(featureIncompatible, bit))
-	}
+	i.UnknownFeatures = ext.features.all(featureIncompatible, h.incompatible&^knownIncompatible)
 	if h.compression > compressionZstd {
 		i.UnknownFeatures = append(i.UnknownFeatures, fmt.Sprintf("compression type %d", h.compression))
 	}

@@ -173,8 +173,13 @@ func (m *Image) listSnapshots() ([]Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
+	return h.listSnapshots(m.file)
+}
+
+// listSnapshots reads the internal snapshots from the table in f.
+func (h *header) listSnapshots(f file) ([]Snapshot, error) {
 	var all []Snapshot
-	for e, err := range h.snapshotTable().entries(m.file) {
+	for e, err := range h.snapshotTable().entries(f) {
 		if err != nil {
 			return nil, err
 		}
