@@ -44,8 +44,11 @@ make the disk what it was when one was made, or delete one. NAME is its name or 
 			}
 			switch {
 			case what < 0:
-				i, err := inspectImage(args[0], f, share)
+				i, err := image.Examine(args[0], image.OpenOptions{Format: f, ForceShare: share})
 				if err != nil {
+					return err
+				}
+				if err := i.Fault(); err != nil {
 					return err
 				}
 				return image.ListSnapshots(cmd.OutOrStdout(), i)

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -10,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/docker/go-units"
 
@@ -31,8 +31,15 @@ type Info struct {
 	Snapshots     []Snapshot  `json:"snapshots,omitempty"`
 	Specific      *formatInfo `json:"format-specific,omitempty"`
 	Dirty         bool        `json:"dirty-flag"`
+	// Faults are what is wrong with the image, of which the rest is then only what
+	// could be read. qemu-img has no such key.
+	Faults []string `json:"faults,omitempty"`
+	// Trust says whether to use the image, if that was asked. It has no such key
+	// either.
+	Trust *Trust `json:"untrusted,omitempty"`
 
-	image *qcow2.Info // nil for a raw image
+	image *qcow2.Examination // nil for a raw image
+	begin []byte             // of the file, for a raw image
 }
 
 // Snapshot is an internal snapshot of an image.
@@ -63,6 +70,11 @@ type qcow2Info struct {
 	DataFile        string   `json:"data-file,omitempty"`
 	DataFileRaw     *bool    `json:"data-file-raw,omitempty"`
 	Bitmaps         []bitmap `json:"bitmaps,omitempty"`
+	Encrypt         *encrypt `json:"encrypt,omitempty"`
+}
+
+type encrypt struct {
+	Format string `json:"format"`
 }
 
 type bitmap struct {
@@ -71,44 +83,69 @@ type bitmap struct {
 	Flags       []string `json:"flags"`
 }
 
-// Inspect returns what is to be known of the image at path. It opens nothing else.
+// Inspect returns what is to be known of the image at path, which must be sound. It
+// opens nothing else.
 func Inspect(path, format string) (*Info, error) {
-	return inspect(path, OpenOptions{Format: format})
+	i, err := Examine(path, OpenOptions{Format: format})
+	if err != nil {
+		return nil, err
+	}
+	return i, i.Fault()
 }
 
-// InspectShared is Inspect for an image that another process may be writing to.
-func InspectShared(path, format string) (*Info, error) {
-	return inspect(path, OpenOptions{Format: format, ForceShare: true})
+// Fault is the first fault of the image, nil if it has none.
+func (i *Info) Fault() error {
+	if i.image == nil || len(i.image.Faults) == 0 {
+		return nil
+	}
+	return i.image.Faults[0]
 }
 
-// inspect looks at the image at path, of the format in o, with the sharing in o.
-func inspect(path string, o OpenOptions) (*Info, error) {
+// Examine returns what can be known of the image at path, of the format in o, which
+// may be broken, and be shared with a writer as o says. It opens nothing else.
+func Examine(path string, o OpenOptions) (*Info, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
-	i := &Info{Filename: path, Format: o.Format, ActualSize: st.Sys().(*syscall.Stat_t).Blocks * 512}
+	l := qcow2.Layer{Path: path, Format: o.Format, Allocated: st.Sys().(*syscall.Stat_t).Blocks * 512}
 	if o.Format == Raw {
-		d, err := blk.OpenRaw(path, blk.RawOptions{ReadOnly: true, ForceShare: o.ForceShare})
-		if err != nil {
-			return nil, err
-		}
-		i.VirtualSize = d.Size()
-		return i, d.Close()
+		return examineRaw(l, o)
 	}
-	look := qcow2.Inspect
+	look := qcow2.Examine
 	if o.ForceShare {
-		look = qcow2.InspectShared
+		look = qcow2.ExamineShared
 	}
-	q, err := look(path)
+	if l.Image, err = look(path); err != nil {
+		return nil, err
+	}
+	return newInfo(l), nil
+}
+
+// examineRaw adds to l what it lacks.
+func examineRaw(l qcow2.Layer, o OpenOptions) (_ *Info, err error) {
+	d, err := blk.OpenRaw(l.Path, blk.RawOptions{ReadOnly: true, ForceShare: o.ForceShare})
 	if err != nil {
 		return nil, err
+	}
+	defer closing(d, &err)
+	l.Size = d.Size()
+	i := newInfo(l)
+	i.begin = make([]byte, min(sectorBytes, l.Size))
+	return i, d.ReadvAt([][]byte{i.begin}, 0)
+}
+
+func newInfo(l qcow2.Layer) *Info {
+	i := &Info{Filename: l.Path, Format: l.Format, VirtualSize: l.Size, ActualSize: l.Allocated}
+	q := l.Image
+	if q == nil {
+		return i
 	}
 	i.image = q
 	i.VirtualSize, i.ClusterSize, i.Dirty, i.Encrypted = q.Size, q.ClusterSize, q.Dirty, q.Encryption != ""
 	i.Backing, i.BackingFormat = q.BackingFile, q.BackingFormat
 	if i.Backing != "" {
-		i.FullBacking = beside(path, i.Backing)
+		i.FullBacking = beside(l.Path, i.Backing)
 	}
 	for _, s := range q.Snapshots {
 		shown := Snapshot{
@@ -121,8 +158,11 @@ func inspect(path string, o OpenOptions) (*Info, error) {
 		}
 		i.Snapshots = append(i.Snapshots, shown)
 	}
-	i.Specific = &formatInfo{Type: QCOW2, Data: specific(q)}
-	return i, nil
+	for _, fault := range q.Faults {
+		i.Faults = append(i.Faults, fault.Error())
+	}
+	i.Specific = &formatInfo{Type: QCOW2, Data: specific(&q.Info)}
+	return i
 }
 
 // beside is the path of a file that the image at path names.
@@ -135,6 +175,9 @@ func beside(path, name string) string {
 
 func specific(q *qcow2.Info) qcow2Info {
 	d := qcow2Info{Compat: "0.10", CompressionType: q.CompressionType, RefcountBits: q.RefcountBits}
+	if q.Encryption != "" {
+		d.Encrypt = &encrypt{q.Encryption}
+	}
 	if q.Version == 2 {
 		return d
 	}
@@ -156,30 +199,35 @@ func specific(q *qcow2.Info) qcow2Info {
 }
 
 // Chain returns what is to be known of the image at path and of each that lies
-// under it, as the images name them.
+// under it, which are found by the rule of Open. Beside an error are those above the
+// one that it is about.
 func Chain(path string, o OpenOptions) ([]*Info, error) {
-	const most = 64
-	var chain []*Info
-	for path != "" {
-		if len(chain) == most {
-			return nil, errors.New("the chain of backing files is longer than 64, or goes in circles")
-		}
-		i, err := inspect(path, o)
+	if o.Format == Raw {
+		i, err := Examine(path, o)
 		if err != nil {
 			return nil, err
 		}
-		chain = append(chain, i)
-		path, o.Format = i.FullBacking, i.BackingFormat
-		if path != "" && o.Format != QCOW2 && o.Format != Raw {
-			return nil, errors.New(i.Filename + ": it does not say that its backing file is qcow2 or raw, and formats are not guessed")
-		}
+		return []*Info{i}, nil
 	}
-	return chain, nil
+	layers, err := qcow2.ExamineChain(path, qcow2.Options{ForceShare: o.ForceShare, BackingDirs: o.BackingDirs})
+	var chain []*Info
+	for _, l := range layers {
+		chain = append(chain, newInfo(l))
+	}
+	return chain, err
 }
 
 // Text writes the image for people, in qemu-img's lines.
 func (i *Info) Text(w io.Writer) error {
 	p := printer{w: w}
+	i.lines(&p)
+	if i.Trust != nil {
+		i.Trust.text(&p)
+	}
+	return p.err
+}
+
+func (i *Info) lines(p *printer) {
 	p.f("image: %s\nfile format: %s\n", i.Filename, i.Format)
 	p.f("virtual size: %s (%d bytes)\n", humanSize(i.VirtualSize), i.VirtualSize)
 	p.f("disk size: %s\n", humanSize(i.ActualSize))
@@ -187,21 +235,21 @@ func (i *Info) Text(w io.Writer) error {
 		p.f("encrypted: yes\n")
 	}
 	if i.image == nil {
-		return p.err
+		return
 	}
 	p.f("cluster_size: %d\n", i.ClusterSize)
 	if i.Dirty {
 		p.f("cleanly shut down: no\n")
 	}
 	if i.Backing != "" {
-		p.f("backing file: %s", i.Backing)
+		p.f("backing file: %s", printable(i.Backing))
 		if i.FullBacking != i.Backing {
-			p.f(" (actual path: %s)", i.FullBacking)
+			p.f(" (actual path: %s)", printable(i.FullBacking))
 		}
 		p.f("\n")
 	}
 	if i.BackingFormat != "" {
-		p.f("backing file format: %s\n", i.BackingFormat)
+		p.f("backing file format: %s\n", printable(i.BackingFormat))
 	}
 	if len(i.image.Snapshots) > 0 {
 		p.snapshots(i.image.Snapshots)
@@ -210,7 +258,17 @@ func (i *Info) Text(w io.Writer) error {
 	for _, name := range i.image.UnknownFeatures {
 		p.f("    unknown: %s\n", name)
 	}
-	return p.err
+}
+
+// printable is a text from an image that nobody trusts, quoted if a terminal might
+// obey it.
+func printable(s string) string {
+	for _, r := range s {
+		if r == utf8.RuneError || !strconv.IsPrint(r) {
+			return strconv.Quote(s)
+		}
+	}
+	return s
 }
 
 func (p *printer) specific(d qcow2Info) {
@@ -224,11 +282,11 @@ func (p *printer) specific(d qcow2Info) {
 		for k, flag := range b.Flags {
 			p.f("                [%d]: %s\n", k, flag)
 		}
-		p.f("            name: %s\n            granularity: %d\n", b.Name, b.Granularity)
+		p.f("            name: %s\n            granularity: %d\n", printable(b.Name), b.Granularity)
 	}
 	p.f("    refcount bits: %d\n", d.RefcountBits)
 	if d.DataFile != "" {
-		p.f("    data file: %s\n", d.DataFile)
+		p.f("    data file: %s\n", printable(d.DataFile))
 	}
 	p.flag("data file raw", d.DataFileRaw)
 	p.flag("corrupt", d.Corrupt)
@@ -250,7 +308,7 @@ func (p *printer) snapshots(all []qcow2.Snapshot) {
 		if s.Instructions >= 0 {
 			count = strconv.FormatInt(s.Instructions, 10)
 		}
-		p.f("%-9s %-16s %8s%20s%13s%11s\n", s.ID, s.Name, humanSize(s.VMStateSize),
+		p.f("%-9s %-16s %8s%20s%13s%11s\n", printable(s.ID), printable(s.Name), humanSize(s.VMStateSize),
 			s.Date.Local().Format("2006-01-02 15:04:05"), clock, count)
 	}
 }
@@ -260,14 +318,60 @@ func humanSize(n int64) string {
 	return units.CustomSize("%.3g %s", float64(n), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"})
 }
 
-// Tree draws a chain of images, each under the one that lies over it.
+// Tree draws a chain of images, each under the one that lies over it, with their
+// data files.
 func Tree(w io.Writer, chain []*Info) error {
 	p := printer{w: w}
 	for depth, i := range chain {
+		indent := strings.Repeat("   ", max(depth-1, 0))
 		if depth > 0 {
-			p.f("%s└─ ", strings.Repeat("   ", depth-1))
+			p.f("%s└─ ", indent)
+			indent += "   "
 		}
-		p.f("%s (%s, %s, %s on disk)\n", i.Filename, i.Format, humanSize(i.VirtualSize), humanSize(i.ActualSize))
+		p.f("%s: %s\n", printable(i.Filename), i.facts())
+		if i.Specific == nil || i.Specific.Data.DataFile == "" {
+			continue
+		}
+		branch := "├─"
+		if depth == len(chain)-1 {
+			branch = "└─"
+		}
+		name := beside(i.Filename, i.Specific.Data.DataFile)
+		state := "missing"
+		if st, err := os.Stat(name); err == nil {
+			state = humanSize(st.Sys().(*syscall.Stat_t).Blocks*512) + " on disk"
+		}
+		p.f("%s%s data in %s: %s\n", indent, branch, printable(name), state)
 	}
 	return p.err
+}
+
+// facts are in a line what tells one image of a chain from another.
+func (i *Info) facts() string {
+	all := []string{humanSize(i.VirtualSize) + " " + i.Format, humanSize(i.ActualSize) + " on disk"}
+	add := func(is bool, format string, args ...any) {
+		if is {
+			all = append(all, fmt.Sprintf(format, args...))
+		}
+	}
+	if q := i.image; q != nil {
+		add(true, "clusters of %s", humanSize(q.ClusterSize))
+		add(q.ExtendedL2, "subclusters")
+		add(q.CompressionType != "zlib", "%s", q.CompressionType)
+		add(q.Version == 2, "version 2")
+		add(len(q.Snapshots) > 0, "%d %s", len(q.Snapshots), plural("snapshot", len(q.Snapshots)))
+		add(len(q.Bitmaps) > 0, "%d %s", len(q.Bitmaps), plural("bitmap", len(q.Bitmaps)))
+		add(i.Encrypted, "encrypted")
+		add(q.Dirty, "not closed cleanly")
+		add(q.Corrupt, "marked corrupt")
+		add(len(q.Faults) > 0, "broken")
+	}
+	return strings.Join(all, ", ")
+}
+
+func plural(word string, n int) string {
+	if n == 1 {
+		return word
+	}
+	return word + "s"
 }
