@@ -13,9 +13,9 @@ import (
 
 func newImageCompact() *cobra.Command {
 	var (
-		o                 image.CompactOptions
-		options           []string
-		progressed, quiet bool
+		o       image.CompactOptions
+		options []string
+		quiet   bool
 	)
 	cmd := &cobra.Command{
 		Use:   "compact FILE",
@@ -57,7 +57,6 @@ fill its free space with zeros, or discard it, before.`,
 	flags.BoolVarP(&o.Compress, "compress", "c", false, "compress all of it; without it, what is compressed stays so")
 	flags.StringArrayVarP(&options, "options", "o", nil, "compression_type=zlib or compression_type=zstd")
 	flags.StringArrayVar(&o.BackingDirs, "backing-dir", nil, "directory in which a backing file may lie, beside that of the image")
-	flags.BoolVarP(&progressed, "progress", "p", false, "show progress, which it does anyway")
-	flags.BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
+	progressFlags(cmd, &quiet)
 	return cmd
 }

@@ -13,11 +13,11 @@ import (
 // convertFlags are the flags of convert that are not those of image.ConvertOptions.
 type convertFlags struct {
 	image.ConvertOptions
-	options      []string
-	sparse, rate string
-	workers      int
-	salvage      bool
-	quiet        bool
+	options             []string
+	sparse, rate        string
+	workers             int
+	salvage, skipBroken bool
+	quiet               bool
 }
 
 func newImageConvert() *cobra.Command {
@@ -56,6 +56,9 @@ as the only FILE, and standard output as TARGET, both raw.
 	flags.BoolVarP(&o.Existing, "no-create", "n", false, "write into an image that exists")
 	flags.BoolVar(&o.TargetIsZero, "target-is-zero", false, "the image of -n reads as zero")
 	flags.BoolVar(&o.salvage, "salvage", false, "go on where FILE cannot be read, with zeros, and say where that is")
+	flags.BoolVar(&o.Bitmaps, "bitmaps", false, "copy the persistent bitmaps of FILE, too")
+	flags.BoolVar(&o.skipBroken, "skip-broken-bitmaps", false, "but not those that cannot be trusted")
+	flags.BoolVarP(&o.Offload, "copy-offload", "C", false, "have the host copy the data of raw images, without looking for zeros in it")
 	rateFlag(cmd, &o.rate)
 	flags.StringVarP(&o.Cache, "cache", "t", image.CacheUnsafe, "cache mode of the target: writeback, writethrough, none, directsync or unsafe")
 	flags.StringVarP(&o.Source.Cache, "source-cache", "T", image.CacheWriteback, "cache mode of each FILE")
@@ -83,7 +86,7 @@ func (o *convertFlags) run(cmd *cobra.Command, args []string) error {
 	if len(args) < 2 {
 		return errors.New("convert takes an image to read and one to make")
 	}
-	if err := o.parse(); err != nil {
+	if err := o.parse(cmd); err != nil {
 		return err
 	}
 	o.Input, o.Output = cmd.InOrStdin(), cmd.OutOrStdout()
@@ -100,7 +103,7 @@ func (o *convertFlags) run(cmd *cobra.Command, args []string) error {
 }
 
 // parse checks the values of flags that have a form or bounds of their own.
-func (o *convertFlags) parse() (err error) {
+func (o *convertFlags) parse(cmd *cobra.Command) (err error) {
 	const maxSparse = 16 << 20
 	if o.Sparse, err = image.ParseSize(o.sparse); err != nil || o.Sparse%512 != 0 || o.Sparse > maxSparse {
 		return fmt.Errorf("-S %s: it is a multiple of 512 up to 16M, or 0 to write all zeros", o.sparse)
@@ -114,6 +117,16 @@ func (o *convertFlags) parse() (err error) {
 	o.Workers = o.workers
 	if o.Existing && len(o.options) > 0 {
 		return errors.New("-o has no effect on an image that exists: leave it out with -n")
+	}
+	if o.Offload && cmd.Flags().Changed("sparse") {
+		return errors.New("the host does not look for zeros: leave out -C or -S")
+	}
+	if o.skipBroken {
+		o.SkipBroken = func(name string) {
+			if !o.quiet {
+				cmd.PrintErrf("left out: the bitmap %q is in use and cannot be trusted\n", name)
+			}
+		}
 	}
 	o.Source.Snapshot = snapshotName(o.Source.Snapshot)
 	if o.salvage {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -68,75 +69,45 @@ var qcow2Options = []string{
 
 func pick[T any](r *rand.Rand, from []T) T { return from[r.IntN(len(from))] }
 
-// disk is an image made by qemu-img, with flags to read it with.
-type disk struct {
-	path  string
-	flags []string
-	base  string // flags to keep its backing file with; empty if it has none
+// source makes images in the working directory and returns the name of the uppermost
+// and the flags to read it: an image of some kind, or what it was at a snapshot.
+func (r *randomImages) source() (name string, flags []string) {
+	r.t.Helper()
+	name, format := r.chain("a")
+	flags = []string{"-f", format}
+	if format == "raw" || r.IntN(3) > 0 {
+		return name, flags
+	}
+	if i, err := qcow2.Inspect(name); err != nil {
+		r.t.Fatal(err)
+	} else if len(i.Snapshots) > 0 {
+		return name, append(flags, "-l", i.Snapshots[r.IntN(len(i.Snapshots))].Name)
+	}
+	must(r.t, "qemu-img", "convert", "-c", "-f", format, "-O", "qcow2", "-o", pick(r.Rand, qcow2Options), name, "packed")
+	r.fill("packed")
+	return "packed", flags
 }
 
-// randomDisk makes an image of some kind in the working directory.
-func randomDisk(t *testing.T, r *rand.Rand) disk {
-	t.Helper()
-	size := (1 + r.Int64N(8000)) * 512
-	length := fmt.Sprint(size)
-	create := func(path, options string, more ...string) {
-		must(t, "qemu-img", append([]string{"create", "-q", "-f", "qcow2", "-o", options}, append(more, path, length)...)...)
-	}
-	switch r.IntN(6) {
-	case 0:
-		must(t, "qemu-img", "create", "-q", "-f", "raw", "a.img", length)
-		scribble(t, r, "raw", "a.img", size)
-		return disk{"a.img", []string{"-f", "raw"}, ""}
-	case 1: // compressed
-		must(t, "qemu-img", "create", "-q", "-f", "raw", "raw", length)
-		scribble(t, r, "raw", "raw", size)
-		must(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", pick(r, qcow2Options), "raw", "a.qcow2")
-		scribble(t, r, "qcow2", "a.qcow2", size)
-	case 2: // an overlay of an overlay, each of a size of its own
-		must(t, "qemu-img", "create", "-q", "-f", "raw", "base.img", length)
-		scribble(t, r, "raw", "base.img", size)
-		size = (1 + r.Int64N(8000)) * 512
-		length = fmt.Sprint(size)
-		create("mid.qcow2", pick(r, qcow2Options), "-b", "base.img", "-F", "raw")
-		scribble(t, r, "qcow2", "mid.qcow2", size)
-		size = (1 + r.Int64N(8000)) * 512
-		length = fmt.Sprint(size)
-		create("a.qcow2", pick(r, qcow2Options), "-b", "mid.qcow2", "-F", "qcow2")
-		scribble(t, r, "qcow2", "a.qcow2", size)
-		return disk{"a.qcow2", []string{"-f", "qcow2"}, pick(r, []string{"-B mid.qcow2 -F qcow2", "-B base.img -F raw"})}
-	case 3: // a snapshot
-		options := pick(r, qcow2Options)
-		if strings.Contains(options, "refcount_bits=1") {
-			options = "cluster_size=64k"
-		}
-		create("a.qcow2", options)
-		scribble(t, r, "qcow2", "a.qcow2", size)
-		must(t, "qemu-img", "snapshot", "-c", "then", "a.qcow2")
-		scribble(t, r, "qcow2", "a.qcow2", size)
-		return disk{"a.qcow2", []string{"-f", "qcow2", "-l", "then"}, ""}
-	case 4:
-		create("a.qcow2", "preallocation="+pick(r, []string{"metadata", "falloc", "full"}))
-		scribble(t, r, "qcow2", "a.qcow2", size)
-	default:
-		create("a.qcow2", pick(r, qcow2Options))
-		scribble(t, r, "qcow2", "a.qcow2", size)
-	}
-	return disk{"a.qcow2", []string{"-f", "qcow2"}, ""}
-}
-
-// randomTarget returns flags for a target, and its format.
-func randomTarget(r *rand.Rand, d disk) (flags []string, format string) {
-	flags = append(flags, "-S", pick(r, []string{"4k", "0", "512", "1536", "64k", "1M"}))
+// target returns flags for a target of source, and its format.
+func (r *randomImages) target(source string) (flags []string, format string) {
+	flags = append(flags, "-S", r.one("4k", "0", "512", "1536", "64k", "1M"))
 	if r.IntN(2) == 0 {
 		flags = append(flags, "-m", fmt.Sprint(1+r.IntN(16)))
 	}
 	if r.IntN(4) == 0 {
 		return append(flags, "-O", "raw"), "raw"
 	}
-	flags = append(flags, "-O", "qcow2", "-o", pick(r, qcow2Options))
-	if d.base != "" && r.IntN(3) > 0 {
-		flags = append(flags, strings.Fields(d.base)...)
+	flags = append(flags, "-O", "qcow2", "-o", pick(r.Rand, qcow2Options))
+	if source != "a0" && source != "packed" && r.IntN(3) > 0 {
+		base := fmt.Sprint("a", r.IntN(int(source[1]-'0')))
+		i, err := qcow2.Inspect(base)
+		format := "qcow2"
+		if errors.Is(err, qcow2.ErrNotQCOW2) {
+			format = "raw"
+		} else if err != nil {
+			r.t.Fatal(err, i)
+		}
+		flags = append(flags, "-B", base, "-F", format)
 	}
 	if r.IntN(3) == 0 {
 		flags = append(flags, "-c")
@@ -159,22 +130,16 @@ func onDisk(t *testing.T, path string) int64 {
 // TestConvert converts images of every kind to every other and compares the disks
 // with what qemu-img reads, and the images with what it makes.
 func TestConvert(t *testing.T) {
-	r := newRand(t)
-	cases := 40
-	if testing.Short() {
-		cases = 8
-	}
-	for i := range cases {
+	r := newRandomImages(t)
+	for i := range rounds(t, 30) {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Chdir(t.TempDir())
-			d := randomDisk(t, r)
-			flags, format := randomTarget(r, d)
-			flags = append(slices.Clone(d.flags), flags...)
-			code, out, messages := calf(t, append(append([]string{"image", "convert", "-q"}, flags...), d.path, "out")...)
-			if code != 0 || out != "" || messages != "" {
-				t.Fatalf("%q: code %d, %s%s", flags, code, out, messages)
-			}
-			must(t, "qemu-img", append(append([]string{"convert", "-O", "raw"}, d.flags...), d.path, "want")...)
+			r.t = t
+			source, flags := r.source()
+			more, format := r.target(source)
+			must(t, "qemu-img", append(append([]string{"convert", "-O", "raw"}, flags...), source, "want")...)
+			flags = append(flags, more...)
+			mustCalf(t, append(append([]string{"image", "convert", "-q"}, flags...), source, "out")...)
 			if code, out := qemuImg(t, "compare", "-f", format, "-F", "raw", "out", "want"); code != 0 {
 				t.Fatalf("%q: %s", flags, out)
 			}
@@ -186,7 +151,7 @@ func TestConvert(t *testing.T) {
 			if slices.Contains(flags, "-B") || !slices.Contains(flags, "4k") {
 				return // qemu-img copies what is in the first layer only, and has a way of its own with a large -S
 			}
-			must(t, "qemu-img", append(append([]string{"convert"}, flags...), d.path, "theirs")...)
+			must(t, "qemu-img", append(append([]string{"convert"}, flags...), source, "theirs")...)
 			if ours, theirs := onDisk(t, "out"), onDisk(t, "theirs"); ours > theirs+theirs/8+128<<10 {
 				t.Errorf("%q: takes %d bytes, qemu-img's %d", flags, ours, theirs)
 			}
@@ -197,7 +162,7 @@ func TestConvert(t *testing.T) {
 // TestConvertStreams has standard input and output be raw disks of any length.
 func TestConvertStreams(t *testing.T) {
 	t.Chdir(t.TempDir())
-	r := newRand(t)
+	r := newRandomImages(t)
 	for _, n := range []int{0, 1, 511, 512, 70_000, 3 << 20, 5<<20 + 7} {
 		data := make([]byte, n)
 		for i := range n {
@@ -249,14 +214,10 @@ func entries(t *testing.T) []string {
 // nothing else, and kill a file with a name of its own that is in nobody's way.
 func TestConvertInterrupted(t *testing.T) {
 	t.Chdir(t.TempDir())
-	r := newRand(t)
+	r := newRandomImages(t)
 	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "8M")
 	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 0 8M", "in")
-	rounds := 24
-	if testing.Short() {
-		rounds = 8
-	}
-	for i := range rounds {
+	for i := range rounds(t, 24) {
 		before := i%2 == 0
 		if err := os.Remove("out"); err != nil && i > 0 && !os.IsNotExist(err) {
 			t.Fatal(err)
@@ -267,7 +228,7 @@ func TestConvertInterrupted(t *testing.T) {
 			}
 		}
 		s := []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL}[i%3]
-		cmd := command("image", "convert", "-O", pick(r, []string{"raw", "qcow2"}), "-r", "60M", "in", "out")
+		cmd := command("image", "convert", "-O", r.one("raw", "qcow2"), "-r", "60M", "in", "out")
 		var messages bytes.Buffer
 		cmd.Stderr = &messages
 		if err := cmd.Start(); err != nil {
@@ -326,9 +287,9 @@ func TestConvertNoRoom(t *testing.T) {
 // TestConvertSalvage reads an image whose clusters are damaged, as qemu-img does.
 func TestConvertSalvage(t *testing.T) {
 	t.Chdir(t.TempDir())
-	r := newRand(t)
-	must(t, "qemu-img", "create", "-q", "-f", "raw", "raw", "4M")
-	scribble(t, r, "raw", "raw", 4<<20)
+	r := newRandomImages(t)
+	r.raw("raw")
+	must(t, "truncate", "-s", "4M", "raw")
 	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 64k 128k", "raw")
 	must(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "raw", "in.qcow2")
 	b, err := os.ReadFile("in.qcow2")
@@ -384,9 +345,9 @@ func TestConvertSalvage(t *testing.T) {
 // TestConvertExisting writes into images that exist, with what they hold before.
 func TestConvertExisting(t *testing.T) {
 	t.Chdir(t.TempDir())
-	r := newRand(t)
-	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "3M")
-	scribble(t, r, "raw", "in", 3<<20)
+	r := newRandomImages(t)
+	r.raw("in")
+	must(t, "truncate", "-s", "3M", "in")
 	for _, format := range []string{"raw", "qcow2"} {
 		for _, flags := range []string{"", "-S 0", "-W", "-t none", "-t writethrough"} {
 			for _, size := range []string{"2M", "3M", "4M"} {
@@ -531,6 +492,104 @@ func TestConvertBacking(t *testing.T) {
 		must(t, "qemu-img", "check", "-q", "out.qcow2")
 		if got := onDisk(t, "out.qcow2"); got > c.most+512<<10 || c.flags == "" && got < c.most {
 			t.Errorf("%q takes %d bytes, want about %d", c.flags, got, c.most)
+		}
+	}
+}
+
+// marked is what the bitmaps of an image say.
+func marked(t *testing.T, path string) string {
+	t.Helper()
+	m, err := qcow2.Open(path, qcow2.Options{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = m.Close() }()
+	all, err := m.Bitmaps()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s strings.Builder
+	for _, b := range all {
+		fmt.Fprintf(&s, "%+v", b)
+		for r, err := range m.DirtyRanges(b.Name) {
+			fmt.Fprint(&s, r, err)
+		}
+	}
+	return s.String()
+}
+
+// TestConvertBitmaps copies bitmaps that QEMU has set.
+func TestConvertBitmaps(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "in.qcow2", "8M")
+	must(t, "qemu-img", "bitmap", "--add", "-g", "4k", "in.qcow2", "fine")
+	must(t, "qemu-io", "-c", "write 1M 100k", "-c", "write 7M 1M", "in.qcow2")
+	must(t, "qemu-img", "bitmap", "--add", "--disable", "in.qcow2", "coarse")
+	must(t, "qemu-img", "bitmap", "--merge", "fine", "in.qcow2", "coarse")
+	want := marked(t, "in.qcow2")
+	for _, options := range []string{"cluster_size=64k", "cluster_size=4k"} {
+		mustCalf(t, "image", "convert", "-q", "--bitmaps", "-o", options, "in.qcow2", "out.qcow2")
+		if got := marked(t, "out.qcow2"); got != want || !strings.Contains(got, "fine") {
+			t.Errorf("%s: got %s, want %s", options, got, want)
+		}
+		must(t, "qemu-img", "check", "-q", "out.qcow2")
+	}
+	mustCalf(t, "image", "compact", "-q", "-c", "out.qcow2")
+	if got := marked(t, "out.qcow2"); got != want {
+		t.Errorf("compact: got %s, want %s", got, want)
+	}
+	must(t, "qemu-img", "compare", "in.qcow2", "out.qcow2")
+	for _, args := range [][]string{
+		{"in.qcow2", "in.qcow2", "new.qcow2"},
+		{"-O", "raw", "in.qcow2", "new"},
+		{"-o", "compat=0.10", "in.qcow2", "new.qcow2"},
+		{"-", "new.qcow2"},
+	} {
+		if code, _, messages := calf(t, append([]string{"image", "convert", "--bitmaps"}, args...)...); code != 1 || !strings.Contains(messages, "bitmaps") {
+			t.Errorf("%q: code %d, %s", args, code, messages)
+		}
+	}
+	m, err := qcow2.Open("in.qcow2", qcow2.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = m.WriteAt([]byte{1}, 0); err != nil { // which leaves the one that follows the disk in use
+		t.Fatal(err)
+	}
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"convert", "--bitmaps", "in.qcow2", "new.qcow2"}, {"compact", "-c", "in.qcow2"}} {
+		if code, _, messages := calf(t, append([]string{"image"}, args...)...); code != 1 || !strings.Contains(messages, `"fine" is in use`) {
+			t.Errorf("%q: code %d, %s", args, code, messages)
+		}
+	}
+	code, _, messages := calf(t, "image", "convert", "--bitmaps", "--skip-broken-bitmaps", "in.qcow2", "new.qcow2")
+	if got := marked(t, "new.qcow2"); code != 0 || strings.Contains(got, "fine") || !strings.Contains(got, "coarse") || !strings.Contains(messages, `"fine"`) {
+		t.Errorf("code %d, %s; %s", code, messages, got)
+	}
+}
+
+// TestConvertOffload has the host copy what it can.
+func TestConvertOffload(t *testing.T) {
+	t.Chdir(t.TempDir())
+	r := newRandomImages(t)
+	for _, size := range []string{"3M", "3000001"} {
+		must(t, "rm", "-f", "in")
+		must(t, "truncate", "-s", size, "in")
+		must(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("write -P 5 %d 1M", r.Int64N(2<<20)), "in")
+		must(t, "qemu-img", "convert", "-f", "raw", "-O", "raw", "in", "want")
+		mustCalf(t, "image", "convert", "-q", "-C", "in", "out")
+		must(t, "cmp", "out", "want")
+		if got, want := onDisk(t, "out"), onDisk(t, "in"); got > want+16<<10 {
+			t.Errorf("%d bytes on disk, want %d", got, want)
+		}
+		mustCalf(t, "image", "convert", "-q", "-C", "in", "out.qcow2")
+		must(t, "qemu-img", "compare", "out.qcow2", "want")
+	}
+	for _, flags := range []string{"-C -c -O qcow2", "-C -S 4k"} {
+		if code, _, messages := calf(t, append(append([]string{"image", "convert"}, strings.Fields(flags)...), "in", "new")...); code != 1 || !strings.Contains(messages, "-C") {
+			t.Errorf("%q: code %d, %s", flags, code, messages)
 		}
 	}
 }

@@ -29,9 +29,6 @@ var refusedFlags = map[string][]refusedFlag{
 		{"trace", "T", true, "there are no trace points"},
 	},
 	"convert": {
-		{"bitmaps", "", false, "add bitmaps to the new image by calf image bitmap"},
-		{"copy-offload", "C", false, "leave it out: it makes no difference to what is copied"},
-		{"skip-broken-bitmaps", "", false, "it goes with --bitmaps"},
 		{"target-image-opts", "", false, "name the target, with its format by -O"},
 	},
 	"serve": {

@@ -84,3 +84,43 @@ func (a BitmapAction) do(ctx context.Context, m *qcow2.Image, name string, sourc
 		return m.MergeBitmap(ctx, name, source, a.Source)
 	}
 }
+
+// checkBitmaps refuses to copy bitmaps from an image that has none, or has one that
+// cannot be trusted, unless skip is told to leave that out.
+func checkBitmaps(from *Image, skip func(name string)) ([]qcow2.Bitmap, error) {
+	if from.QCOW2 == nil {
+		return nil, fmt.Errorf("%s is raw, and has no bitmaps to copy", from.Path)
+	}
+	all, err := from.QCOW2.Bitmaps()
+	if err != nil {
+		return nil, err
+	}
+	var sound []qcow2.Bitmap
+	for _, b := range all {
+		switch {
+		case !b.InUse:
+			sound = append(sound, b)
+		case skip == nil:
+			return nil, fmt.Errorf("%s: the bitmap %q is in use and cannot be trusted: remove it with calf image bitmap --remove", from.Path, b.Name)
+		default:
+			skip(b.Name)
+		}
+	}
+	return sound, nil
+}
+
+// copyBitmaps adds the bitmaps of from to to, whose disk is as long.
+func copyBitmaps(ctx context.Context, bitmaps []qcow2.Bitmap, from, to *Image) error {
+	if len(bitmaps) > 0 && to.QCOW2 == nil {
+		return errors.New("a raw image has no bitmaps")
+	}
+	for _, b := range bitmaps {
+		if err := to.QCOW2.AddBitmap(ctx, b.Name, qcow2.BitmapOptions{Granularity: b.Granularity, Disabled: !b.Enabled}); err != nil {
+			return err
+		}
+		if err := to.QCOW2.MergeBitmap(ctx, b.Name, from.QCOW2, b.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}

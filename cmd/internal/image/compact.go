@@ -131,8 +131,6 @@ func (c *compacting) check(ctx context.Context, info *qcow2.Info) error {
 	case len(info.Snapshots) > 0:
 		return refuse("has internal snapshots, which a compact image could not share its data with",
 			"delete them with calf image snapshot -d, or copy each to an image of its own with calf image convert -l")
-	case len(info.Bitmaps) > 0:
-		return refuse("has persistent bitmaps", "remove those that nobody needs with calf image bitmap --remove")
 	case info.ExternalData:
 		return refuse("has its data in another file", "compact that, if it is raw, with calf image compact -f raw "+info.DataFile)
 	case names > 1:
@@ -178,6 +176,18 @@ func (c *compacting) fill(ctx context.Context, temp string, info *qcow2.Info) (e
 		return err
 	}
 	defer closing(to, &err)
+	if err := c.copyAll(ctx, copied, to); err != nil {
+		return err
+	}
+	bitmaps, err := checkBitmaps(from, nil)
+	if err != nil {
+		return err
+	}
+	return copyBitmaps(ctx, bitmaps, from, to)
+}
+
+// copyAll copies what is compressed, and what is not, each as it is.
+func (c *compacting) copyAll(ctx context.Context, copied *copying, to *Image) error {
 	plain, packed := diskSink{to}, packedSink{diskSink{to}, to.QCOW2}
 	if c.Compress {
 		copied.to = packed

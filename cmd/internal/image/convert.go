@@ -39,6 +39,14 @@ type ConvertOptions struct {
 	// Lost, if not nil, takes what cannot be read; else that is an error.
 	Lost *Lost
 
+	// Bitmaps copies the persistent bitmaps of the source. SkipBroken, if not nil,
+	// is told of those that cannot be trusted, which are left out.
+	Bitmaps    bool
+	SkipBroken func(name string)
+	// Offload has the host copy the data of raw images, without looking for zeros in
+	// it.
+	Offload bool
+
 	Input  io.Reader // what Stream is as a source
 	Output io.Writer // and as the target
 }
@@ -71,6 +79,11 @@ func Convert(ctx context.Context, sources []string, target string, o ConvertOpti
 	}
 	defer closing(from, &err)
 	v.from, v.size = from, from.Size()
+	if o.Bitmaps {
+		if v.bitmaps, err = checkBitmaps(from[0].Image, o.SkipBroken); err != nil {
+			return err
+		}
+	}
 	return v.write(ctx)
 }
 
@@ -81,6 +94,7 @@ type conversion struct {
 	sources []string
 	target  string
 	size    int64 // of the source; 0 if that is not known
+	bitmaps []qcow2.Bitmap
 }
 
 // check refuses options that exclude each other.
@@ -103,6 +117,16 @@ func (v *conversion) check() error {
 		return errors.New("standard output takes bytes in their order only: leave out -n, -W and preallocation")
 	case o.Create.Size != 0:
 		return errors.New("convert makes a disk of the size that the source has: leave out -o size, and resize it then")
+	case o.Bitmaps && len(v.sources) > 1:
+		return errors.New("bitmaps are copied from one source only")
+	case o.Bitmaps && (v.Format == Raw || o.Create.Version == 2):
+		return errors.New("--bitmaps takes a target that has bitmaps: a qcow2 image of version 3")
+	case o.Bitmaps && v.sources[0] == Stream:
+		return errors.New("standard input has no bitmaps to copy")
+	case o.SkipBroken != nil && !o.Bitmaps:
+		return errors.New("--skip-broken-bitmaps requires --bitmaps")
+	case o.Offload && o.Compress:
+		return errors.New("the host cannot compress what it copies: leave out -C or -c")
 	case slices.Contains(v.sources, Stream) && len(v.sources) > 1:
 		return errors.New("standard input can be the only source")
 	case o.Create.BackingFile != "" && len(v.sources) > 1:
@@ -227,6 +251,9 @@ func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err err
 	if v.Compress {
 		v.to = packedSink{diskSink{to}, to.QCOW2}
 	}
+	if from, ok := v.from.(joined); ok && v.Offload && len(from) == 1 && from[0].raw != nil && to.raw != nil {
+		v.offload = func(off, n int64) error { return from[0].raw.CopyRange(to.raw.Raw, off, n) }
+	}
 	longer := func(size int64) error {
 		if path != v.target && size > to.Size() {
 			return to.Resize(ctx, growth(to, size), qcow2.ResizeOptions{})
@@ -241,6 +268,11 @@ func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err err
 	}
 	if v.from == nil && path != v.target {
 		if err := to.Resize(ctx, v.size, qcow2.ResizeOptions{Shrink: true}); err != nil {
+			return err
+		}
+	}
+	if len(v.bitmaps) > 0 {
+		if err := copyBitmaps(ctx, v.bitmaps, v.from.(joined)[0].Image, to); err != nil {
 			return err
 		}
 	}

@@ -49,8 +49,11 @@ type copying struct {
 	rate    int64 // bytes in a second; 0 is no limit
 	// lost, if not nil, takes what cannot be read and becomes zero; else that is
 	// an error.
-	lost  *Lost
-	meter *progress.Meter
+	lost *Lost
+	// offload, if not nil, has the host copy the n bytes at off. An error that wraps
+	// errors.ErrUnsupported says that it cannot.
+	offload func(off, n int64) error
+	meter   *progress.Meter
 
 	free chan []byte // buffers that no piece has
 }
@@ -370,14 +373,12 @@ func aligned(tasks iter.Seq2[task, error], grain int64) iter.Seq2[task, error] {
 
 // do does a piece and gives its buffer back.
 func (c *copying) do(ctx context.Context, p piece) error {
-	work := func() error { return c.to.zero(p.off, p.end-p.off) }
-	if p.action != makeZero {
+	if p.buf != nil {
 		defer func() { c.free <- p.buf }()
-		data, base, err := c.load(&p)
-		if err != nil {
-			return err
-		}
-		work = func() error { return c.store(data, base, p.off) }
+	}
+	finish, err := c.begin(&p)
+	if err != nil {
+		return err
 	}
 	if c.ordered {
 		select {
@@ -386,11 +387,29 @@ func (c *copying) do(ctx context.Context, p piece) error {
 			return context.Cause(ctx)
 		}
 	}
-	if err := work(); err != nil {
+	if err := finish(); err != nil {
 		return err
 	}
 	close(p.done) // what waits for a piece that failed is stopped by ctx
 	return nil
+}
+
+// begin does what of a piece may be done before its turn, and returns the rest.
+func (c *copying) begin(p *piece) (finish func() error, err error) {
+	if p.action == makeZero {
+		return func() error { return c.to.zero(p.off, p.end-p.off) }, nil
+	}
+	if c.offload != nil && p.action == copyAll && !p.filled {
+		err := c.offload(p.off, p.end-p.off)
+		if err == nil {
+			c.meter.Add(p.end - p.off)
+		}
+		if !errors.Is(err, errors.ErrUnsupported) {
+			return func() error { return nil }, err
+		}
+	}
+	data, base, err := c.load(p)
+	return func() error { return c.store(data, base, p.off) }, err
 }
 
 // load reads the data of a piece, and what the sink shows there if that is to be

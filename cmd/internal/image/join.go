@@ -16,7 +16,7 @@ type part struct {
 	start int64
 }
 
-var _ source = (joined)(nil)
+var _ source = joined(nil)
 
 // openAll opens images for reading, to be one disk.
 func openAll(paths []string, o OpenOptions) (joined, error) {
@@ -38,7 +38,7 @@ func (j joined) Size() int64 {
 		return 0
 	}
 	last := j[len(j)-1]
-	return last.start + last.Image.Size()
+	return last.start + last.Size()
 }
 
 // ReadvAt implements source. iov has one buffer.
@@ -57,7 +57,7 @@ func (j joined) ReadvAt(iov [][]byte, off int64) error {
 func (j joined) Map(off, n int64) iter.Seq2[qcow2.Mapping, error] {
 	return func(yield func(qcow2.Mapping, error) bool) {
 		for p, n := range j.within(off, n) {
-			for m, err := range p.Image.Map(off-p.start, n) {
+			for m, err := range p.Map(off-p.start, n) {
 				m.Offset += p.start
 				if !yield(m, err) {
 					return
@@ -72,7 +72,7 @@ func (j joined) Map(off, n int64) iter.Seq2[qcow2.Mapping, error] {
 func (j joined) within(off, n int64) iter.Seq2[part, int64] {
 	return func(yield func(part, int64) bool) {
 		for _, p := range j {
-			here := min(n, p.start+p.Image.Size()-off)
+			here := min(n, p.start+p.Size()-off)
 			if here <= 0 {
 				continue
 			}
@@ -88,7 +88,7 @@ func (j joined) within(off, n int64) iter.Seq2[part, int64] {
 func (j joined) Close() error {
 	var err error
 	for _, p := range j {
-		err = errors.Join(err, p.Image.Close())
+		err = errors.Join(err, p.Close())
 	}
 	return err
 }
