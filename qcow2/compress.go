@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"io"
 	"runtime"
@@ -11,6 +10,8 @@ import (
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/calfvm/calf/qcow2/internal/deflate"
 )
 
 // decodedBytes bounds the memory for decompressed clusters of one image, of
@@ -161,17 +162,17 @@ func inflateZstd(dst, src []byte) error {
 
 // The levels of compression that Options may ask for.
 const (
-	minCompression     = 1 // the fastest
+	minCompression     = deflate.MinLevel // the fastest
 	defaultCompression = 6
-	maxCompression     = 9 // the smallest
+	maxCompression     = deflate.MaxLevel // the smallest
 )
 
 // encoder compresses clusters, one at a time.
 type encoder struct {
-	deflate *flate.Writer // either this
-	zstd    *zstd.Encoder // or that
-	padded  []byte        // a whole cluster, for the last one of a disk
-	out     limitedBuffer
+	deflate *deflate.Encoder // either this
+	zstd    *zstd.Encoder    // or that
+	padded  []byte           // a whole cluster, for the last one of a disk
+	out     []byte
 }
 
 // encoders makes and keeps the encoders of an image, one for each goroutine that
@@ -198,23 +199,24 @@ func (s *encoders) get() (*encoder, error) {
 	if e, ok := s.idle.Get().(*encoder); ok {
 		return e, nil
 	}
-	e := &encoder{out: make(limitedBuffer, 0, s.geometry.clusterSize)}
-	var err error
+	e := &encoder{}
 	if s.zlib {
-		e.deflate, err = flate.NewWriter(nil, s.level)
-		return e, err
+		e.deflate = deflate.New(s.level)
+		return e, nil
 	}
+	var err error
 	e.zstd, err = zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true),
 		zstd.WithWindowSize(max(int(s.geometry.clusterSize), zstd.MinWindowSize)), zstd.WithEncoderLevel(zstdLevel(s.level)))
 	return e, err
 }
 
-// zstdLevel is the level of package zstd, which has four, for one of ours.
+// zstdLevel is the level of package zstd, which has four, for one of ours. The
+// default makes images no larger than QEMU's, which have libzstd's level 3.
 func zstdLevel(level int) zstd.EncoderLevel {
 	switch {
 	case level < 3:
 		return zstd.SpeedFastest
-	case level < 7:
+	case level < defaultCompression:
 		return zstd.SpeedDefault
 	case level < maxCompression:
 		return zstd.SpeedBetterCompression
@@ -225,35 +227,15 @@ func zstdLevel(level int) zstd.EncoderLevel {
 // encode compresses p, one cluster of the given size or the beginning of one
 // whose rest is zero. ok is false if the result would be no smaller than the
 // cluster. It is valid until the next call.
-func (e *encoder) encode(p []byte, clusterSize int64) (packed []byte, ok bool, err error) {
+func (e *encoder) encode(p []byte, clusterSize int64) (packed []byte, ok bool) {
 	if int64(len(p)) < clusterSize {
 		e.padded = append(append(e.padded[:0], p...), make([]byte, clusterSize-int64(len(p)))...)
 		p = e.padded
 	}
 	if e.zstd != nil {
 		e.out = e.zstd.EncodeAll(p, e.out[:0])
-		return e.out, int64(len(e.out)) < clusterSize, nil
+		return e.out, int64(len(e.out)) < clusterSize
 	}
-	e.out = e.out[:0]
-	e.deflate.Reset(&e.out)
-	_, err = e.deflate.Write(p)
-	if err == nil {
-		err = e.deflate.Close()
-	}
-	if errors.Is(err, io.ErrShortBuffer) {
-		return nil, false, nil
-	}
-	return e.out, int64(len(e.out)) < clusterSize, err
-}
-
-// limitedBuffer takes what is written to it up to its capacity.
-type limitedBuffer []byte
-
-// Write implements io.Writer.
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	if len(p) > cap(*b)-len(*b) {
-		return 0, io.ErrShortBuffer
-	}
-	*b = append(*b, p...)
-	return len(p), nil
+	e.out, ok = e.deflate.Encode(e.out[:0], p, len(p)-1)
+	return e.out, ok
 }

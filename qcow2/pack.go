@@ -44,10 +44,7 @@ func (m *Image) WriteCompressed(p []byte, off int64) error {
 		return inFile(m.path, err)
 	}
 	defer m.encoders.idle.Put(x)
-	packed, ok, err := x.encode(p, m.clusterSize)
-	if err != nil {
-		return inFile(m.path, err)
-	}
+	packed, ok := x.encode(p, m.clusterSize)
 	if !ok {
 		return m.WritevAt([][]byte{p}, off)
 	}

@@ -117,6 +117,92 @@ func packAll(t *testing.T, r *rand.Rand, path string, opts Options) []byte {
 	return model
 }
 
+// TestCompressedBesideQEMU compresses text, programs, noise and zeros beside
+// qemu-img. QEMU reads ours, which is not larger; but for zstd in small clusters,
+// where libzstd finds more at its default level.
+func TestCompressedBesideQEMU(t *testing.T) {
+	dir := t.TempDir()
+	var data []byte
+	sources, err := filepath.Glob("*.go")
+	must(t, err)
+	for _, name := range sources {
+		b, err := os.ReadFile(name)
+		must(t, err)
+		data = append(data, b...)
+	}
+	program, err := os.ReadFile("/proc/self/exe")
+	must(t, err)
+	data = append(data, program[:4<<20]...)
+	noise := make([]byte, 1<<20)
+	fillRandom(newSeed(t), noise)
+	data = append(append(data, noise...), make([]byte, 1<<20)...)
+	data = data[:len(data)&^511]
+	writeFile(t, dir+"/raw", data)
+	for _, format := range []string{"zlib", "zstd"} {
+		for _, size := range []int64{4096, 1 << 16, 2 << 20} {
+			options := fmt.Sprintf("compression_type=%s,cluster_size=%d", format, size)
+			t.Run(options, func(t *testing.T) {
+				theirs, ours := filepath.Join(t.TempDir(), "theirs"), filepath.Join(t.TempDir(), "ours")
+				qemu(t, "qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, dir+"/raw", theirs)
+				must(t, Create(ours, CreateOptions{Size: int64(len(data)), CompressionType: format, ClusterSize: size}))
+				m := open(t, ours, Options{})
+				writeClusters(t, m, data)
+				closeImage(t, m)
+				qemu(t, "qemu-img", "check", "-q", ours)
+				compare(t, dir, ours, data)
+				a, err := os.Stat(theirs)
+				must(t, err)
+				b, err := os.Stat(ours)
+				must(t, err)
+				most := a.Size()
+				if format == "zstd" && size < 1<<15 {
+					most += most / 32
+				}
+				if b.Size() > most {
+					t.Errorf("the image takes %d bytes, QEMU's %d", b.Size(), a.Size())
+				}
+			})
+		}
+	}
+}
+
+// TestCompressedWindow shows that no deflate data refers to what lies more than 4096
+// bytes back: what repeats beyond that is stored as it is.
+func TestCompressedWindow(t *testing.T) {
+	m := open(t, create(t, CreateOptions{Size: 2 << 16}), Options{})
+	r := newSeed(t)
+	var noise []byte // all bytes in it are as frequent
+	for range 17 {
+		for _, b := range r.Perm(256) {
+			noise = append(noise, byte(b)) //nolint:gosec // G115: less than 256
+		}
+	}
+	for i, period := range []int{4096, 4352} {
+		must(t, m.WriteCompressed(bytes.Repeat(noise[:period], 16)[:1<<16], int64(i)<<16))
+		compressed := entryOf(t, m, int64(i)<<16)&entryCompressed != 0
+		if want := period == 4096; compressed != want {
+			t.Errorf("period %d: compressed is %t", period, compressed)
+		}
+	}
+}
+
+// TestEncodeDoesNotAllocate compresses clusters of all kinds.
+func TestEncodeDoesNotAllocate(t *testing.T) {
+	r := newSeed(t)
+	for _, format := range []string{"zlib", "zstd"} {
+		m := open(t, create(t, CreateOptions{Size: 1 << 20, CompressionType: format}), Options{})
+		x, err := m.encoders.get()
+		must(t, err)
+		b := make([]byte, 1<<16)
+		if n := testing.AllocsPerRun(40, func() {
+			fillCluster(r, b)
+			x.encode(b, m.clusterSize)
+		}); n >= 1 {
+			t.Errorf("%s: %v allocations", format, n)
+		}
+	}
+}
+
 // TestCompressedOverBacking shows that a cluster of zeros hides the backing file,
 // in version 2 too, which has no flag for it.
 func TestCompressedOverBacking(t *testing.T) {
