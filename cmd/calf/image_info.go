@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -16,6 +17,7 @@ const exitUntrusted = 2
 type infoFlags struct {
 	format, output, maxSize string
 	chain, untrusted, share bool
+	boot                    bool
 	backingDirs             []string
 }
 
@@ -25,13 +27,16 @@ func newImageInfo() *cobra.Command {
 		Use:   "info FILE",
 		Short: "Print what an image says of itself",
 		Long: `Print what an image says of itself. Nothing but the image is opened, unless the
-chain of its backing files is asked for.
+chain of its backing files is asked for, or with --boot what calf run would boot
+from it: the kernel, its initial RAM disks and its arguments, by the configuration
+of GRUB or another boot loader.
 
 Of an image that is broken what can be read is printed, and what is wrong; the exit
 code is 1. With --untrusted all reasons not to use an image from a stranger are
 listed; the exit code is 2 if there is one.`,
 		Example: `  calf image info disk.qcow2
   calf image info --output=json --backing-chain overlay.qcow2
+  calf image info --boot debian-12.qcow2
   calf image info --untrusted -f qcow2 upload.qcow2`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error { return o.run(cmd, args[0]) },
@@ -42,6 +47,7 @@ listed; the exit code is 2 if there is one.`,
 	flags := cmd.Flags()
 	flags.BoolVar(&o.chain, "backing-chain", false, "follow the backing files, too")
 	flags.StringArrayVar(&o.backingDirs, "backing-dir", nil, "directory in which a backing file may lie, beside that of the image")
+	flags.BoolVar(&o.boot, "boot", false, "print what calf run would boot from the image instead")
 	flags.BoolVar(&o.untrusted, "untrusted", false, "list the reasons not to use the image")
 	flags.StringVar(&o.maxSize, "max-size", "1T", "with --untrusted, the largest disk to accept")
 	return cmd
@@ -58,6 +64,9 @@ func (o *infoFlags) run(cmd *cobra.Command, path string) error {
 	}
 	opts := image.OpenOptions{Format: format, ForceShare: o.share, BackingDirs: o.backingDirs}
 	out := cmd.OutOrStdout()
+	if o.boot {
+		return o.runBoot(out, path, opts, asJSON)
+	}
 	if o.chain {
 		if o.untrusted {
 			return errors.New("--untrusted opens nothing but the image: leave out --backing-chain")
@@ -87,6 +96,21 @@ func (o *infoFlags) run(cmd *cobra.Command, path string) error {
 		return exitError{code: exitUntrusted}
 	}
 	return err
+}
+
+// runBoot prints what would be booted.
+func (o *infoFlags) runBoot(out io.Writer, path string, opts image.OpenOptions, asJSON bool) error {
+	if o.chain || o.untrusted {
+		return errors.New("--boot prints nothing else: leave out --backing-chain and --untrusted")
+	}
+	i, err := image.InspectBoot(path, opts)
+	if err != nil {
+		return err
+	}
+	if asJSON {
+		return printJSON(out, i)
+	}
+	return i.Text(out)
 }
 
 // look examines the image at path.
