@@ -58,7 +58,7 @@ var controls = map[string]control{
 	"checker.writeSnapshotTable 1": {work: repairOf("snapshot")},
 	"checker.writeSnapshotTable 2": {work: repairOf("snapshot")},
 	// The marks of the bitmaps before the disk changes.
-	"Image.markBitmaps 1": {work: bitmapsWithout},
+	"Image.markAll 1": {work: bitmapsWithout},
 	// The extension for bitmaps before the bit without which it is void, and each
 	// step to it before the next.
 	"bitmapChange.writeDurably 1": {work: bitmapChangesWithout},

@@ -81,10 +81,9 @@ func (m *Image) DisableBitmap(ctx context.Context, name string) error {
 	})
 }
 
-// MergeBitmap makes the bitmap to say in addition of all parts of the disk that they
-// have changed of which the bitmap name of the image from says so. Their
-// granularities may differ. from may be m; another image has to have a disk of the
-// same length, and to be open for reading only.
+// MergeBitmap adds to the bitmap to all that the bitmap name of the image from says has
+// changed. Their granularities may differ. from may be m; another image has to have a
+// disk of the same length, and to be open for reading only.
 func (m *Image) MergeBitmap(ctx context.Context, to string, from *Image, name string) error {
 	if from != m && (!from.readOnly || from.Size() != m.Size()) {
 		return inFile(m.path, invalidOption("bitmaps are merged from an image that is open for reading only and has a disk of %d bytes", m.Size()))
@@ -109,8 +108,9 @@ type bitmapChange struct {
 	m   *Image
 	ctx context.Context
 	bitmapList
-	taken   []extent // new clusters
-	dropped []extent // clusters that lose their reference
+	next    bitmapDirectory // the new one, once it is written
+	taken   []extent        // new clusters
+	dropped []extent        // clusters that lose their reference
 }
 
 // changeBitmaps changes the bitmaps as plan says.
@@ -124,11 +124,14 @@ func (m *Image) changeBitmaps(ctx context.Context, plan func(*bitmapChange) erro
 		}
 		l, err := m.readBitmaps()
 		if err != nil {
-			return inactive(true, err)
+			return err
 		}
 		c := &bitmapChange{m: m, ctx: ctx, bitmapList: l}
-		if err = inactive(true, plan(c)); err == nil {
-			err = c.store()
+		if err = plan(c); err == nil {
+			err = c.write()
+		}
+		if err == nil {
+			err = c.put()
 		}
 		if err != nil {
 			c.abandon()
@@ -159,7 +162,7 @@ func (c *bitmapChange) add(name string, opts BitmapOptions) error {
 	if grain == 0 {
 		grain = min(max(m.clusterSize, 4<<10), 64<<10)
 	}
-	shape := m.newBitmapShape(grain)
+	shape := m.newBitmapShape(m.Size(), grain)
 	switch _, err := c.find(name); {
 	case name == "" || len(name) > maxBitmapName || strings.ContainsRune(name, 0):
 		return invalidOption("the name of a bitmap has 1 to %d bytes, none of them zero", maxBitmapName)
@@ -175,34 +178,34 @@ func (c *bitmapChange) add(name string, opts BitmapOptions) error {
 		flags = 0
 	}
 	row := newBitmapRow(name, uint8(bits.TrailingZeros64(uint64(grain))), flags) //nolint:gosec // G115: 9..31
-	if err := c.checkRoom(row, &shape); err != nil {
+	if len(c.rows) == maxBitmaps || c.dir.bytes+uint64(len(row)) > maxBitmapDirectory {
+		return &Error{
+			Kind: ErrUnsupported, What: fmt.Sprintf("the image has %d persistent bitmaps and no room for more", len(c.rows)),
+			Err: unix.EFBIG, Mend: "remove one",
+		}
+	}
+	total := shape.entries()
+	for _, other := range c.rows {
+		_, n := other.table()
+		total += int(n)
+	}
+	if err := m.checkBitmapRoom(&shape, total); err != nil {
 		return err
 	}
 	c.rows = append(c.rows, row)
 	return c.writeTable(row, make([]uint64, shape.entries()))
 }
 
-// checkRoom refuses a new bitmap that the format, QEMU or this package have no room
-// for.
-func (c *bitmapChange) checkRoom(row bitmapRow, shape *bitmapShape) error {
-	m := c.m
-	entries, total := int64(shape.entries()), int64(0)
-	for _, other := range c.rows {
-		_, n := other.table()
-		total += int64(n)
-	}
+// checkBitmapRoom refuses a bitmap that QEMU would not load, or with which all
+// bitmaps have so many entries in their tables that this package would not.
+func (m *Image) checkBitmapRoom(shape *bitmapShape, entries int) error {
 	switch {
-	case entries*m.clusterSize > maxBitmapData:
-		return &Error{Kind: ErrUnsupported, What: "the bitmap would take more than 512 MiB", Mend: "give it a larger granularity"}
-	case total+entries > maxBitmapEntries:
+	case int64(shape.entries())*m.clusterSize > maxBitmapData:
+		return &Error{Kind: ErrUnsupported, What: "a persistent bitmap would take more than 512 MiB", Mend: "use one with a larger granularity"}
+	case entries > maxBitmapEntries:
 		return &Error{
 			Kind: ErrUnsupported, What: fmt.Sprintf("the persistent bitmaps would have more than %d parts", maxBitmapEntries),
-			Mend: "remove one, or give the new one a larger granularity",
-		}
-	case len(c.rows) == maxBitmaps || c.dir.bytes+uint64(len(row)) > maxBitmapDirectory:
-		return &Error{
-			Kind: ErrUnsupported, What: fmt.Sprintf("the image has %d persistent bitmaps and no room for more", len(c.rows)),
-			Err: unix.EFBIG, Mend: "remove one",
+			Mend: "remove one, or use one with a larger granularity",
 		}
 	}
 	return nil
@@ -211,7 +214,7 @@ func (c *bitmapChange) checkRoom(row bitmapRow, shape *bitmapShape) error {
 // merge sets the bits of b, whose row is given, that stand for the dirty ranges. Data
 // that gains no bits stays where it is.
 func (c *bitmapChange) merge(row bitmapRow, b *storedBitmap, dirty iter.Seq2[Range, error]) error {
-	w := bitmapWriter{c: c, old: b, table: slices.Clone(b.table), at: -1, buf: make([]byte, c.m.clusterSize)}
+	w := c.newWriter(b, b.bitmapShape)
 	for r, err := range dirty {
 		if err != nil {
 			return err
@@ -220,12 +223,7 @@ func (c *bitmapChange) merge(row bitmapRow, b *storedBitmap, dirty iter.Seq2[Ran
 			return err
 		}
 	}
-	if err := w.flush(); err != nil {
-		return err
-	}
-	off, _ := row.table()
-	c.dropped = append(c.dropped, c.m.clustersOf(off, uint64(len(b.table))*8))
-	return c.writeTable(row, w.table)
+	return w.finish(row)
 }
 
 // bitmapWriter makes the new table of a bitmap, and the new data of the entries whose
@@ -233,14 +231,25 @@ func (c *bitmapChange) merge(row bitmapRow, b *storedBitmap, dirty iter.Seq2[Ran
 type bitmapWriter struct {
 	c     *bitmapChange
 	old   *storedBitmap
+	shape bitmapShape // the new one
 	table []uint64
 	at    int    // the entry whose bits are in buf, -1 if none are
 	buf   []byte // of a cluster
 }
 
+// newWriter returns a writer of b with another shape. Bits that the new table has no
+// entries for go.
+func (c *bitmapChange) newWriter(b *storedBitmap, shape bitmapShape) *bitmapWriter {
+	w := &bitmapWriter{c: c, old: b, shape: shape, table: make([]uint64, shape.entries()), at: -1, buf: make([]byte, c.m.clusterSize)}
+	for _, e := range b.table[copy(w.table, b.table):] {
+		c.dropData(e)
+	}
+	return w
+}
+
 // set sets the bits of a range. Ranges come in order.
 func (w *bitmapWriter) set(r Range) error {
-	s := &w.old.bitmapShape
+	s := &w.shape
 	for r.Length > 0 {
 		if i := int(r.Offset / s.piece); i != w.at {
 			if err := w.seek(i); err != nil {
@@ -264,17 +273,18 @@ func (w *bitmapWriter) seek(i int) error {
 	return w.c.m.readBits(w.old, i, w.buf)
 }
 
-// flush writes the bits in buf, of which some are set, to a new cluster, if they need
-// one.
+// flush writes the bits in buf to a new cluster, unless all of them are alike.
 func (w *bitmapWriter) flush() error {
 	c, m := w.c, w.c.m
 	if w.at < 0 {
 		return nil
 	}
-	if data := w.table[w.at] & entryOffset; data != 0 {
-		c.dropped = appendExtent(c.dropped, extent{start: data >> m.clusterBits, n: 1})
-	}
-	if n := w.old.bits(w.at); nextBit(w.buf, 0, n, false) == n {
+	c.dropData(w.table[w.at])
+	switch n := w.shape.bits(w.at); n {
+	case nextBit(w.buf, 0, n, true):
+		w.table[w.at] = 0
+		return nil
+	case nextBit(w.buf, 0, n, false):
 		w.table[w.at] = bitmapOnes
 		return nil
 	}
@@ -284,6 +294,16 @@ func (w *bitmapWriter) flush() error {
 	}
 	w.table[w.at] = m.pointer(e.start)
 	return writeFull(m.file, w.buf, m.offset(e.start))
+}
+
+// finish gives the bitmap of row the new table.
+func (w *bitmapWriter) finish(row bitmapRow) error {
+	if err := w.flush(); err != nil {
+		return err
+	}
+	off, _ := row.table()
+	w.c.dropped = append(w.c.dropped, w.c.m.clustersOf(off, uint64(len(w.old.table))*8))
+	return w.c.writeTable(row, w.table)
 }
 
 // take takes n contiguous clusters for new data or tables.
@@ -322,20 +342,23 @@ func (c *bitmapChange) dropTable(row bitmapRow) error {
 	}
 	c.dropped = append(c.dropped, c.m.clustersOf(off, uint64(entries)*8))
 	for _, e := range table {
-		data, err := c.m.decodeBitmap(e)
-		if err != nil {
+		if _, err := c.m.decodeBitmap(e); err != nil {
 			return err
 		}
-		if data != 0 {
-			c.dropped = appendExtent(c.dropped, extent{start: data >> c.m.clusterBits, n: 1})
-		}
+		c.dropData(e)
 	}
 	return nil
 }
 
-// store writes the new directory, makes all that is new durable, and puts it in the
-// place of the old.
-func (c *bitmapChange) store() error {
+// dropData drops the data that entry e of a table, which is valid, points to.
+func (c *bitmapChange) dropData(e uint64) {
+	if data := e & entryOffset; data != 0 {
+		c.dropped = appendExtent(c.dropped, extent{start: data >> c.m.clusterBits, n: 1})
+	}
+}
+
+// write writes the new directory and makes all that is new durable.
+func (c *bitmapChange) write() error {
 	m := c.m
 	d := bitmapDirectory{n: uint32(len(c.rows))} //nolint:gosec // G115: at most 65535
 	if d.n > 0 {
@@ -349,19 +372,16 @@ func (c *bitmapChange) store() error {
 			return err
 		}
 	}
-	if err := m.commit(); err != nil { // which counts the new clusters
-		return err
-	}
-	if err := c.pointTo(d); err != nil {
-		return err
-	}
-	c.adopt(d)
-	return nil
+	c.next = d
+	return m.commit() // which counts the new clusters
 }
 
-// adopt makes d the directory of the open image and lets go of what it replaces.
-func (c *bitmapChange) adopt(d bitmapDirectory) {
+// put puts the new directory in the place of the old one, which is let go.
+func (c *bitmapChange) put() error {
 	m := c.m
+	if err := c.pointTo(c.next); err != nil {
+		return err
+	}
 	c.dropped = append(c.dropped, m.clustersOf(m.bitmaps.offset, m.bitmaps.bytes))
 	for _, e := range c.dropped {
 		m.lock()
@@ -369,9 +389,10 @@ func (c *bitmapChange) adopt(d bitmapDirectory) {
 		m.mu.Unlock()
 		m.free(e)
 	}
-	m.bitmaps = d
+	m.bitmaps = c.next
 	m.bitmapChanges++
 	m.followed.Store(slices.ContainsFunc(c.rows, bitmapRow.follows))
+	return nil
 }
 
 // abandon gives back the new clusters, unless the header may point to them.

@@ -46,6 +46,16 @@ func (all tracked) pick(r *rand.Rand) string {
 	return names[r.IntN(len(names))]
 }
 
+// anyInUse reports whether there is a bitmap with which QEMU resizes no disk.
+func (all tracked) anyInUse() bool {
+	for _, b := range all {
+		if b.InUse {
+			return true
+		}
+	}
+	return false
+}
+
 func newTracked(name string, grain, size int64, enabled bool) *trackedBitmap {
 	return &trackedBitmap{Bitmap{Name: name, Granularity: grain, Enabled: enabled}, make([]bool, (size+grain-1)/grain)}
 }
@@ -83,16 +93,20 @@ func (all tracked) wrote(off, n int64) {
 	}
 }
 
-// bitmapOp is one action of qemu-img bitmap.
+// bitmapOp is one action of qemu-img bitmap, or a resize.
 type bitmapOp struct {
 	how, name string
 	source    string // of merge, a bitmap
 	from      string // its image, empty if it is the same
 	opts      BitmapOptions
+	size      int64 // of resize
 }
 
 // args are the arguments of qemu-img.
 func (o bitmapOp) args(path string) []string {
+	if o.how == "resize" {
+		return []string{"resize", "-q", "--shrink", "-f", "qcow2", path, strconv.FormatInt(o.size, 10)}
+	}
 	args := []string{"bitmap", "--" + o.how}
 	switch o.how {
 	case "merge":
@@ -122,6 +136,8 @@ func (o bitmapOp) do(ctx context.Context, m *Image) (err error) {
 		return m.EnableBitmap(ctx, o.name)
 	case "disable":
 		return m.DisableBitmap(ctx, o.name)
+	case "resize":
+		return m.Resize(ctx, o.size, ResizeOptions{Shrink: true})
 	}
 	from := m
 	if o.from != "" {
@@ -145,6 +161,11 @@ func (all tracked) track(o bitmapOp, size int64, others tracked) {
 		clear(b.bits)
 	case "enable", "disable":
 		b.Enabled = o.how == "enable"
+	case "resize":
+		for _, b := range all {
+			n := int(ceilDiv(o.size, b.Granularity))
+			b.bits = append(slices.Clip(b.bits[:min(n, len(b.bits))]), make([]bool, max(n-len(b.bits), 0))...)
+		}
 	case "merge":
 		source := all[o.source]
 		if o.from != "" {
@@ -156,7 +177,8 @@ func (all tracked) track(o bitmapOp, size int64, others tracked) {
 	}
 }
 
-// randomBitmapOp chooses an action that is possible.
+// randomBitmapOp chooses an action that is possible. others is the other image, empty
+// if its bitmaps cannot be merged.
 func randomBitmapOp(r *rand.Rand, all tracked, others string, otherNames tracked, n int) bitmapOp {
 	name := all.pick(r)
 	if name == "" || len(all) < 5 && r.IntN(2) == 0 {
@@ -171,7 +193,7 @@ func randomBitmapOp(r *rand.Rand, all tracked, others string, otherNames tracked
 	if o.how != "merge" {
 		return o
 	}
-	if r.IntN(3) == 0 {
+	if others != "" && r.IntN(3) == 0 {
 		o.from, o.source = others, otherNames.pick(r)
 	} else if o.source = all.pick(r); all[o.source].InUse {
 		o.source = name
@@ -293,8 +315,8 @@ func serveBitmaps(t *testing.T, path string, names []string) (socket string, sto
 	return "", nil
 }
 
-// TestBitmapChanges changes bitmaps, by turns with us and with QEMU, sets bits by
-// writing with QEMU, and lets both read all that the bitmaps say after each turn.
+// TestBitmapChanges changes bitmaps and the size of the disk, by turns with us and with
+// QEMU, sets bits by writing with QEMU, and lets both read all that the bitmaps say after each turn.
 func TestBitmapChanges(t *testing.T) {
 	turns := 14
 	if brief() {
@@ -324,23 +346,38 @@ func TestBitmapChanges(t *testing.T) {
 			}
 			qemu(t, "qemu-img", append(args, path, strconv.FormatInt(c.size, 10))...)
 			other, others := otherBitmaps(t, r, dir, c.size)
-			want := tracked{}
+			want, size := tracked{}, c.size
 			for i := range turns {
 				ours := i%2 == 0
 				for range 1 + r.IntN(3) {
-					o := randomBitmapOp(r, want, other, others, i*10+len(want))
+					from := other
+					if size != c.size {
+						from = ""
+					}
+					o := randomBitmapOp(r, want, from, others, i*10+len(want))
 					if _, exists := want[o.name]; exists && o.how == "add" {
 						continue
 					}
 					changeBitmap(t, path, o, ours)
-					want.track(o, c.size, others)
+					want.track(o, size, others)
+				}
+				// QEMU resizes no disk with bitmaps in use. It takes what a disk gains
+				// for changed where it writes zeros there.
+				zeros := c.overlay || strings.Contains(c.options, "raw")
+				if r.IntN(2) == 0 && (ours || !want.anyInUse() && !zeros) {
+					if size = c.size; r.IntN(3) > 0 {
+						size = (c.size/8 + r.Int64N(c.size*2)) &^ 511
+					}
+					o := bitmapOp{how: "resize", size: size}
+					changeBitmap(t, path, o, ours)
+					want.track(o, size, nil)
 				}
 				switch {
 				case !ours:
-					qemuDirtyWrites(t, r, path, c.size, want)
+					qemuDirtyWrites(t, r, path, size, want)
 				case r.IntN(3) == 0:
 					m := open(t, path, Options{DataFile: true})
-					if _, err := m.WriteAt([]byte("x"), r.Int64N(c.size)); err != nil {
+					if _, err := m.WriteAt([]byte("x"), r.Int64N(size)); err != nil {
 						t.Fatal(err)
 					}
 					closeImage(t, m)
@@ -348,12 +385,12 @@ func TestBitmapChanges(t *testing.T) {
 						b.InUse = b.InUse || b.Enabled
 					}
 				}
-				verifyBitmaps(t, path, c.size, want)
+				verifyBitmaps(t, path, size, want)
 			}
 			for name := range want {
 				changeBitmap(t, path, bitmapOp{how: "remove", name: name}, true)
 			}
-			verifyBitmaps(t, path, c.size, tracked{})
+			verifyBitmaps(t, path, size, tracked{})
 		})
 	}
 }
@@ -455,7 +492,7 @@ func TestBitmapRefused(t *testing.T) {
 			t.Errorf("%s: %v", c.says, err)
 		}
 		closeImage(t, m)
-		if n := min(len(f.data), len(c.start)); checkState(f.data) != nil && c.kind != ErrCorrupt || !bytes.Equal(f.data[:512], c.start[:512]) || n < len(c.start) {
+		if n := min(len(f.data), len(c.start)); checkState(f.data) != nil && !errors.Is(c.kind, ErrCorrupt) || !bytes.Equal(f.data[:512], c.start[:512]) || n < len(c.start) {
 			t.Errorf("%s: the image has changed", c.says)
 		}
 	}
@@ -549,5 +586,62 @@ func TestBitmapsWhileWriting(t *testing.T) {
 	closeImage(t, m)
 	if list := qemuBitmaps(t, path); !list[12].InUse || list[1].InUse {
 		t.Errorf("the bitmaps are %v", list)
+	}
+}
+
+// TestApplyWithBitmaps shows that a snapshot of a disk with another length is not
+// applied while there are bitmaps, and that one of the same length marks them.
+func TestApplyWithBitmaps(t *testing.T) {
+	path := withBitmaps(t, CreateOptions{Size: 1 << 20})
+	m := open(t, path, Options{})
+	must(t, changeSnapshot(m, "-c", "s"))
+	must(t, m.Resize(t.Context(), 2<<20, ResizeOptions{}))
+	closeImage(t, m)
+	sameBitmaps(t, path, false)
+	m = open(t, path, Options{})
+	if err := changeSnapshot(m, "-a", "s"); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "1048576 bytes long before") {
+		t.Error(err)
+	}
+	must(t, m.Resize(t.Context(), 1<<20, ResizeOptions{Shrink: true}))
+	must(t, changeSnapshot(m, "-a", "s"))
+	closeImage(t, m)
+	sameBitmaps(t, path, true)
+}
+
+// TestBitmapExtension removes all bitmaps of an image that has another extension behind
+// theirs, which then stays and is void, and adds one again.
+func TestBitmapExtension(t *testing.T) {
+	path := withBitmaps(t, CreateOptions{Size: 1 << 20})
+	b := readFile(t, path)
+	end := int64(bytes.Index(b, []byte{0x23, 0x85, 0x28, 0x75})) + extensionHead + bitmapExtension
+	copy(b[end:], appendExtension(appendExtension(nil, 0x12345678, []byte("kept")), extEnd, nil))
+	writeFile(t, path, b)
+	for range 2 {
+		m := open(t, path, Options{})
+		must(t, errors.Join(m.RemoveBitmap(t.Context(), "a"), m.RemoveBitmap(t.Context(), "b")))
+		if all, err := m.Bitmaps(); err != nil || len(all) > 0 {
+			t.Errorf("%v, %v", all, err)
+		}
+		must(t, m.AddBitmap(t.Context(), "a", BitmapOptions{Granularity: 65536}))
+		must(t, m.AddBitmap(t.Context(), "b", BitmapOptions{Granularity: 512, Disabled: true}))
+		closeImage(t, m)
+		sameBitmaps(t, path, false)
+	}
+	if b := readFile(t, path); string(b[end+extensionHead:][:4]) != "kept" {
+		t.Error("the other extension is gone")
+	}
+	// A void extension of another length has no room.
+	put(b, offAutoclear, 8, 0)
+	put(b, end-bitmapExtension-4, 4, 16)
+	put(b, end-8, 8, 0)
+	f := &memFile{data: b}
+	m, err := openFile(f, "memory", Options{}, &chain{})
+	must(t, err)
+	if err := m.AddBitmap(t.Context(), "a", BitmapOptions{}); !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "no room") {
+		t.Error(err)
+	}
+	closeImage(t, m)
+	if !bytes.Equal(f.data[:65536], b[:65536]) {
+		t.Error("the header has changed")
 	}
 }

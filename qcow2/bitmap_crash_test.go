@@ -18,11 +18,15 @@ var bitmapScript = []bitmapOp{
 	{how: "merge", name: "a", source: "512", from: "other"},
 	{how: "add", name: "b", opts: BitmapOptions{Granularity: 4096, Disabled: true}},
 	{how: "merge", name: "b", source: "a"},
+	{how: "resize", size: 300<<10 + 512},
+	{how: "resize"}, // to what it was
 	{how: "disable", name: "a"},
 	{how: "enable", name: "b"},
 	{how: "clear", name: "a"},
 	{},
+	{how: "resize", size: 800 << 10}, // with one that is in use
 	{how: "remove", name: "b"},
+	{how: "resize"},
 	{how: "merge", name: "a", source: "32768", from: "other"},
 	{how: "remove", name: "a"},
 	{how: "add", name: "c", opts: BitmapOptions{Granularity: 1 << 20}},
@@ -32,6 +36,14 @@ var bitmapScript = []bitmapOp{
 type bitmapMark struct {
 	pos  int
 	have tracked
+	size int64 // of the disk
+	used bool  // any of them may be in use
+}
+
+// inUse is the same where any of the bitmaps may be in use.
+func (m bitmapMark) inUse() bitmapMark {
+	m.used = true
+	return m
 }
 
 // bitmapCase is an image on which changes of bitmaps are cut short.
@@ -68,7 +80,7 @@ func bitmapRun(t *testing.T, r *rand.Rand, c bitmapCase, noBarrier func(string) 
 	_, others := otherBitmaps(t, r, filepath.Dir(run.path), size)
 	m := run.open(t, run.f, false)
 	have := tracked{}
-	marks := []bitmapMark{{have: have.clone()}}
+	marks := []bitmapMark{{have: have.clone(), size: size}}
 	for _, o := range bitmapScript {
 		if o.how == "" {
 			if _, err := m.WriteAt(stamps(100, 3, 1), 100*sector); err != nil {
@@ -78,36 +90,43 @@ func bitmapRun(t *testing.T, r *rand.Rand, c bitmapCase, noBarrier func(string) 
 				b.InUse = b.InUse || b.Enabled
 			}
 		} else {
-			must(t, o.in(run.path).do(t.Context(), m))
+			o = o.in(run)
+			must(t, o.do(t.Context(), m))
 			have.track(o, size, others)
 		}
-		marks = append(marks, bitmapMark{run.f.mark("flush"), have.clone()})
+		marks = append(marks, bitmapMark{pos: run.f.mark("flush"), have: have.clone(), size: m.Size()})
 	}
 	closeImage(t, m)
 	return run, marks, others
 }
 
-// in is o where the other image lies beside path.
-func (o bitmapOp) in(path string) bitmapOp {
+// in is o for the image of the run, beside which the other one lies.
+func (o bitmapOp) in(run *crashRun) bitmapOp {
 	if o.from != "" {
-		o.from = filepath.Join(filepath.Dir(path), o.from+".qcow2")
+		o.from = filepath.Join(filepath.Dir(run.path), o.from+".qcow2")
+	}
+	if o.how == "resize" && o.size == 0 {
+		o.size = int64(len(run.disk))
 	}
 	return o
 }
 
-// bitmapsIn returns an error unless the image has the bitmaps of want.
-func (run *crashRun) bitmapsIn(t *testing.T, data []byte, want tracked) error {
+// bitmapsIn returns an error unless the image has the bitmaps of the mark.
+func (run *crashRun) bitmapsIn(t *testing.T, data []byte, mark bitmapMark) error {
+	want := mark.have
 	m, err := run.openIn(&memFile{data: data}, Options{ReadOnly: true})
 	if err != nil {
 		return err
 	}
 	defer closeImage(t, m)
 	list, err := m.Bitmaps()
-	if err != nil || len(list) != len(want) {
+	if err != nil || len(list) != len(want) || m.Size() != mark.size {
 		return fmt.Errorf("the bitmaps are %v (%w)", list, err)
 	}
 	for _, b := range list {
-		if want[b.Name] == nil || want[b.Name].Bitmap != b {
+		is := b
+		is.InUse = is.InUse && !mark.used
+		if want[b.Name] == nil || want[b.Name].Bitmap != is && want[b.Name].Bitmap != b {
 			return fmt.Errorf("there is the bitmap %v", b)
 		}
 		if b.InUse {
@@ -121,6 +140,16 @@ func (run *crashRun) bitmapsIn(t *testing.T, data []byte, want tracked) error {
 	return nil
 }
 
+// bitmapsInAny returns an error unless the image has the bitmaps of one of the marks.
+func (run *crashRun) bitmapsInAny(t *testing.T, data []byte, marks []bitmapMark) (err error) {
+	for _, mark := range marks {
+		if err = run.bitmapsIn(t, data, mark); err == nil {
+			return nil
+		}
+	}
+	return err
+}
+
 // judgeBitmapChange returns an error unless the state is one that a power cut between
 // the marks may leave.
 func (run *crashRun) judgeBitmapChange(t *testing.T, c bitmapCase, s state, marks []bitmapMark) error {
@@ -131,13 +160,19 @@ func (run *crashRun) judgeBitmapChange(t *testing.T, c bitmapCase, s state, mark
 	for i+1 < len(marks) && marks[i+1].pos < s.cut {
 		i++
 	}
-	old := run.bitmapsIn(t, s.data, marks[i].have)
-	switch {
-	case old == nil:
-		return nil
-	case i+1 < len(marks) && run.bitmapsIn(t, s.data, marks[i+1].have) == nil:
-		return nil
-	case c.void && run.bitmapsIn(t, s.data, tracked{}) == nil:
+	may := []bitmapMark{marks[i]}
+	if i+1 < len(marks) {
+		next := marks[i+1]
+		may = append(may, next)
+		if next.size != marks[i].size {
+			may = append(may, marks[i].inUse(), next.inUse())
+		}
+	}
+	if c.void {
+		may = append(may, bitmapMark{size: marks[i].size}, bitmapMark{size: may[len(may)-1].size})
+	}
+	old := run.bitmapsInAny(t, s.data, may)
+	if old == nil {
 		return nil
 	}
 	return fmt.Errorf("%s at %d, after change %d: %w", s.what, s.cut, i, old)
@@ -197,7 +232,7 @@ func TestFaultyBitmapChanges(t *testing.T) {
 					if brief() {
 						step = 7
 					}
-					for at := 1 + r.IntN(step); run.faultyBitmapChange(t, start, marks[i].have, marks[i+1].have, o, fault{at, errno, always}); at += step {
+					for at := 1 + r.IntN(step); run.faultyBitmapChange(t, start, marks[i], marks[i+1], o.in(run), fault{at, errno, always}); at += step {
 						if t.Failed() {
 							t.Fatalf("%+v: %v", o, fault{at, errno, always})
 						}
@@ -210,7 +245,7 @@ func TestFaultyBitmapChanges(t *testing.T) {
 
 // faultyBitmapChange does one change with a fault, and returns whether the fault
 // happened before the change was complete.
-func (run *crashRun) faultyBitmapChange(t *testing.T, start []byte, from, to tracked, o bitmapOp, bad fault) bool {
+func (run *crashRun) faultyBitmapChange(t *testing.T, start []byte, from, to bitmapMark, o bitmapOp, bad fault) bool {
 	t.Helper()
 	f := &memFile{data: append([]byte(nil), start...)}
 	m := run.open(t, f, false)
@@ -222,24 +257,25 @@ func (run *crashRun) faultyBitmapChange(t *testing.T, start []byte, from, to tra
 		}
 		return nil
 	})
-	err := o.in(run.path).do(t.Context(), m)
+	err := o.do(t.Context(), m)
 	f.setFail(nil)
-	if err == nil && hit != "" && hit != "punch" {
+	if err == nil && hit != "" && hit != "punch" && hit != "truncate" {
 		t.Errorf("nobody was told that a %s failed", hit)
 	}
-	want := []tracked{from}
+	want := []bitmapMark{to}
 	switch {
 	case err == nil:
-		want = []tracked{to}
 	case !known(err):
 		t.Errorf("%+v: %v", o, err)
 	case m.usable() != nil:
-		want = []tracked{from, to, {}}
+		want = append(want, from, bitmapMark{size: from.size}, from.inUse(), to.inUse())
 	default: // and then it goes well
-		if err := o.in(run.path).do(t.Context(), m); err != nil {
+		if err := o.do(t.Context(), m); err != nil {
 			t.Errorf("the second time: %v", err)
 		}
-		want = []tracked{to}
+		if o.how == "resize" {
+			want = append(want, to.inUse())
+		}
 	}
 	broken := m.usable() != nil
 	_ = m.Close()
@@ -247,14 +283,8 @@ func (run *crashRun) faultyBitmapChange(t *testing.T, start []byte, from, to tra
 	if v := checkImage(f.data); len(v.corruptions) > 0 || !broken && v.leaks > checkImage(start).leaks {
 		t.Errorf("afterwards: %+v", v)
 	}
-	found := error(nil)
-	for _, all := range want {
-		if found = run.bitmapsIn(t, f.data, all); found == nil {
-			break
-		}
-	}
-	if found != nil {
-		t.Error(found)
+	if err := run.bitmapsInAny(t, f.data, want); err != nil {
+		t.Error(err)
 	}
 	return hit != ""
 }
@@ -273,7 +303,7 @@ func TestCancelledBitmapChange(t *testing.T) {
 	} {
 		cancelled := 0
 		for steps := 0; ; steps++ {
-			err := o.in(run.path).do(&lateContext{Context: t.Context(), left: steps}, m)
+			err := o.in(run).do(&lateContext{Context: t.Context(), left: steps}, m)
 			if err == nil {
 				break
 			}
@@ -282,7 +312,7 @@ func TestCancelledBitmapChange(t *testing.T) {
 			}
 			cancelled++
 			must(t, m.commits.run(m.commitAll)) // which lowers the counts
-			if err := run.bitmapsIn(t, run.f.data, have); err != nil {
+			if err := run.bitmapsIn(t, run.f.data, bitmapMark{have: have, size: m.Size()}); err != nil {
 				t.Fatalf("%+v after %d steps: %v", o, steps, err)
 			}
 			if v := checkImage(run.f.data); len(v.corruptions) > 0 || v.leaks > 0 {
@@ -295,7 +325,30 @@ func TestCancelledBitmapChange(t *testing.T) {
 		}
 	}
 	closeImage(t, m)
-	if err := run.bitmapsIn(t, run.f.data, have); err != nil {
+	if err := run.bitmapsIn(t, run.f.data, bitmapMark{have: have, size: m.Size()}); err != nil {
 		t.Error(err)
 	}
+}
+
+// bitmap changes a persistent bitmap. What they have is judged by tests of their own;
+// here they are in the way of everything else.
+func (w *worker) bitmap() error {
+	m, ctx := w.run.m, context.Background()
+	all, err := m.Bitmaps()
+	if err != nil {
+		return err
+	}
+	if len(all) < 1+w.r.IntN(3) {
+		return m.AddBitmap(ctx, fmt.Sprint("b", w.run.seq.Add(1)), BitmapOptions{Granularity: 512 << w.r.IntN(4)})
+	}
+	b := all[w.r.IntN(len(all))]
+	switch {
+	case b.InUse || w.r.IntN(4) == 0:
+		return m.RemoveBitmap(ctx, b.Name)
+	case b.Enabled:
+		return m.DisableBitmap(ctx, b.Name)
+	case w.r.IntN(2) == 0:
+		return m.ClearBitmap(ctx, b.Name)
+	}
+	return m.MergeBitmap(ctx, b.Name, m, b.Name)
 }

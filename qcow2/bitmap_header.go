@@ -28,12 +28,9 @@ func (d bitmapDirectory) encode() []byte {
 // sectors, which no known program does to it, or go, the bit is cleared first: a
 // power cut leaves an image without bitmaps then.
 func (c *bitmapChange) pointTo(d bitmapDirectory) error {
-	var room *headerRoom
-	if c.ext.bitmaps == nil && d.n > 0 {
-		var err error
-		if room, err = c.findRoom(); err != nil {
-			return err
-		}
+	room, err := c.findRoom(d)
+	if err != nil {
+		return err
 	}
 	if err := c.rewriteExtension(d, room); err != nil {
 		return c.m.fail(fmt.Errorf("changing the persistent bitmaps: %w", err))
@@ -93,14 +90,21 @@ type headerRoom struct {
 	nameTo uint64
 }
 
-// findRoom finds room for the extension for bitmaps behind all others, for which the
-// name of the backing file may have to move.
-func (c *bitmapChange) findRoom() (*headerRoom, error) {
+// findRoom finds room for the extension that leads to d behind all others, for which
+// the name of the backing file may have to move. It returns nil if none is needed.
+func (c *bitmapChange) findRoom(d bitmapDirectory) (*headerRoom, error) {
 	h, cs := c.h, uint64(c.m.clusterSize) //nolint:gosec // G115: positive
 	room := &headerRoom{at: c.ext.end}
 	end := room.at + extensionHead + bitmapExtension + extensionHead
-	full := &Error{Kind: ErrUnsupported, What: "the header has no room for persistent bitmaps"}
+	full := &Error{
+		Kind: ErrUnsupported, What: "the header has no room for persistent bitmaps",
+		Mend: "make an image with larger clusters: calf image convert -O qcow2 " + shellWord(c.m.path) + " NEW",
+	}
 	switch {
+	case d.n == 0 || len(c.ext.bitmaps) == bitmapExtension:
+		return nil, nil
+	case c.ext.bitmaps != nil: // void, and of a length that nobody knows
+		return nil, full
 	case c.ext.end == 0 || end > cs:
 		return nil, full
 	case h.backingOffset == 0 || end <= h.backingOffset:

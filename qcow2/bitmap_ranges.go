@@ -13,8 +13,8 @@ type Range struct{ Offset, Length int64 }
 // DirtyRanges returns the ranges of the disk that the persistent bitmap with the
 // given name says have changed, in order, none next to another, and cut off where
 // the disk ends. It reads the bitmap a cluster at a time, and ends with the first
-// error. One that is in use is refused with ErrBitmapInUse. Writes do not matter to
-// it, but a change of the bitmaps ends it with an error.
+// error. One that is in use is refused with ErrBitmapInUse. A write meanwhile makes no
+// difference, but a change of the bitmaps ends it with an error.
 func (m *Image) DirtyRanges(name string) iter.Seq2[Range, error] {
 	return func(yield func(Range, error) bool) {
 		var b *storedBitmap
@@ -56,8 +56,8 @@ type bitmapShape struct {
 	size, grain, piece int64
 }
 
-func (m *Image) newBitmapShape(grain int64) bitmapShape {
-	return bitmapShape{size: m.Size(), grain: grain, piece: grain * 8 * m.clusterSize}
+func (m *Image) newBitmapShape(size, grain int64) bitmapShape {
+	return bitmapShape{size: size, grain: grain, piece: grain * 8 * m.clusterSize}
 }
 
 // entries is the number of entries of the table.
@@ -102,6 +102,14 @@ func setBits(b []byte, from, to int64) {
 	}
 	for ; from < to; from++ {
 		b[from/8] |= 1 << (from % 8)
+	}
+}
+
+// clearTail clears all bits of b but the first n.
+func clearTail(b []byte, n int64) {
+	clear(b[ceilDiv(n, 8):])
+	if n%8 != 0 {
+		b[n/8] &= 1<<(n%8) - 1
 	}
 }
 
@@ -162,15 +170,15 @@ func (m *Image) loadBitmapOf(l *bitmapList, i int) (*storedBitmap, error) {
 	if err := m.checkBitmapUse(row); err != nil {
 		return nil, err
 	}
-	b := &storedBitmap{bitmapShape: m.newBitmapShape(1 << row[17])}
+	b := &storedBitmap{bitmapShape: m.newBitmapShape(m.Size(), 1<<row[17])}
 	off, entries := row.table()
 	if int64(entries) != int64(b.entries()) || int64(entries)*m.clusterSize > maxBitmapData {
-		return nil, corruptf("the table of the persistent bitmap %q has %d entries, which does not agree with the disk", row.name(), entries)
+		return nil, bitmapFault("the table of the persistent bitmap %q has %d entries, which does not agree with the disk", row.name(), entries)
 	}
 	if entries == 0 {
 		return b, nil
 	}
-	err := l.h.checkTable("table of a bitmap", off, uint64(entries)*8, l.fileSize)
+	err := inactive(true, l.h.checkTable("table of a bitmap", off, uint64(entries)*8, l.fileSize))
 	if err == nil {
 		b.table, err = m.loadTable(off, int64(entries)*8)
 	}
@@ -180,17 +188,16 @@ func (m *Image) loadBitmapOf(l *bitmapList, i int) (*storedBitmap, error) {
 // checkBitmapUse refuses bitmaps with which nothing can be done but to keep them,
 // or to remove them.
 func (m *Image) checkBitmapUse(row bitmapRow) error {
-	remove := "to remove it, run: calf image bitmap --remove " + shellWord(m.path) + " " + shellWord(row.name())
 	switch {
-	case row.flags()&bitmapInUse != 0:
+	case row.inUse():
 		return &Error{
-			Kind: ErrBitmapInUse, Mend: remove,
-			What: fmt.Sprintf("the persistent bitmap %q has not followed the disk and cannot be used", row.name()),
+			Kind: ErrBitmapInUse, What: fmt.Sprintf("the persistent bitmap %q has not followed the disk and cannot be used", row.name()),
+			Mend: "to remove it, run: calf image bitmap --remove " + shellWord(m.path) + " " + shellWord(row.name()),
 		}
 	case row[16] != bitmapDirty || row.flags()&^knownBitmapFlags != 0 || row.extra() > 0 && row.flags()&bitmapExtra == 0:
 		return &Error{Kind: ErrUnsupported, What: fmt.Sprintf("the persistent bitmap %q is of an unknown kind", row.name())}
 	case row[17] < minBitmapGrainBits || row[17] > maxBitmapGrainBits:
-		return corruptf("the persistent bitmap %q has a granularity of 2^%d bytes", row.name(), row[17])
+		return bitmapFault("the persistent bitmap %q has a granularity of 2^%d bytes", row.name(), row[17])
 	}
 	return nil
 }
@@ -213,9 +220,6 @@ func (m *Image) readBits(b *storedBitmap, i int, buf []byte) error {
 	if err := readFull(m.file, buf, int64(data)); err != nil { //nolint:gosec // G115: masked
 		return err
 	}
-	clear(buf[ceilDiv(n, 8):])
-	if n%8 != 0 {
-		buf[n/8] &= 1<<(n%8) - 1
-	}
+	clearTail(buf, n)
 	return nil
 }

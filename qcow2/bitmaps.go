@@ -74,6 +74,8 @@ func newBitmapRow(name string, grainBits uint8, flags uint32) bitmapRow {
 	return b
 }
 
+func (b bitmapRow) inUse() bool { return b.flags()&bitmapInUse != 0 }
+
 // follows reports whether the bitmap is said to have followed the disk up to now.
 func (b bitmapRow) follows() bool { return b.flags()&(bitmapAuto|bitmapInUse) == bitmapAuto }
 
@@ -82,8 +84,13 @@ func (b bitmapRow) decode() Bitmap {
 		Name:        b.name(),
 		Granularity: 1 << min(b[17], 62),
 		Enabled:     b.flags()&bitmapAuto != 0,
-		InUse:       b.flags()&bitmapInUse != 0,
+		InUse:       b.inUse(),
 	}
+}
+
+// bitmapFault is corruptf for what is wrong with a bitmap.
+func bitmapFault(format string, args ...any) error {
+	return inactive(true, corruptf(format, args...))
 }
 
 // bitmapDirectory finds the directory of the bitmaps by the extension for it. The
@@ -94,14 +101,14 @@ func (h *header) bitmapDirectory(ext []byte, fileSize int64) (bitmapDirectory, e
 		return bitmapDirectory{}, nil
 	}
 	if len(ext) != 24 {
-		return bitmapDirectory{}, corruptf("the header extension for bitmaps has %d bytes instead of 24", len(ext))
+		return bitmapDirectory{}, bitmapFault("the header extension for bitmaps has %d bytes instead of 24", len(ext))
 	}
 	be := binary.BigEndian
 	d := bitmapDirectory{n: be.Uint32(ext), bytes: be.Uint64(ext[8:]), offset: be.Uint64(ext[16:])}
 	if d.n == 0 || d.n > maxBitmaps || d.bytes == 0 || d.bytes > maxBitmapDirectory {
-		return bitmapDirectory{}, corruptf("a directory of %d bitmaps in %d bytes is impossible", d.n, d.bytes)
+		return bitmapDirectory{}, bitmapFault("a directory of %d bitmaps in %d bytes is impossible", d.n, d.bytes)
 	}
-	return d, h.checkTable("directory of bitmaps", d.offset, d.bytes, fileSize)
+	return d, inactive(true, h.checkTable("directory of bitmaps", d.offset, d.bytes, fileSize))
 }
 
 // load reads the entries of the directory, in order and without gaps.
@@ -118,13 +125,13 @@ func (d bitmapDirectory) load(f file) ([]bitmapRow, error) {
 			size = (size + uint64(be.Uint16(dir[18:])) + uint64(be.Uint32(dir[20:])) + 7) &^ 7
 		}
 		if size > uint64(len(dir)) {
-			return nil, corruptf("the directory of bitmaps ends inside bitmap %d of %d", i, d.n)
+			return nil, bitmapFault("the directory of bitmaps ends inside bitmap %d of %d", i, d.n)
 		}
 		rows = append(rows, dir[:size:size])
 		dir = dir[size:]
 	}
 	if len(dir) > 0 {
-		return nil, corruptf("the directory of bitmaps has %d bytes behind the last of %d bitmaps", len(dir), d.n)
+		return nil, bitmapFault("the directory of bitmaps has %d bytes behind the last of %d bitmaps", len(dir), d.n)
 	}
 	return rows, nil
 }
@@ -256,7 +263,7 @@ func (m *Image) loadBitmaps(h *header, ext []byte, fileSize int64) error {
 func (g *geometry) decodeBitmap(e uint64) (uint64, error) {
 	data := e & entryOffset
 	if e&bitmapReserved != 0 || data != 0 && e&bitmapOnes != 0 || g.inCluster(int64(data)) != 0 {
-		return 0, corruptf("the entry %#x of the table of a bitmap points to no data", e)
+		return 0, bitmapFault("the entry %#x of the table of a bitmap points to no data", e)
 	}
 	return data, nil
 }
@@ -307,6 +314,15 @@ func (m *Image) markBitmaps() error {
 	if !m.followed.Load() {
 		return nil // by another request, meanwhile
 	}
+	if err := m.markAll(bitmapRow.follows); err != nil {
+		return err
+	}
+	m.followed.Store(false)
+	return nil
+}
+
+// markAll marks those bitmaps as in use of which which says so, on stable storage.
+func (m *Image) markAll(which func(bitmapRow) bool) error {
 	if err := m.usable(); err != nil {
 		return err // the disk does not change any more
 	}
@@ -316,7 +332,7 @@ func (m *Image) markBitmaps() error {
 	}
 	off := int64(m.bitmaps.offset) //nolint:gosec // G115: checked by checkTable
 	for _, row := range rows {
-		if row.follows() {
+		if which(row) {
 			b := binary.BigEndian.AppendUint32(nil, row.flags()|bitmapInUse)
 			if err := writeFull(m.file, b, off+12); err != nil {
 				return err
@@ -324,9 +340,5 @@ func (m *Image) markBitmaps() error {
 		}
 		off += int64(len(row))
 	}
-	if err := m.datasync(); err != nil {
-		return err
-	}
-	m.followed.Store(false)
-	return nil
+	return m.datasync()
 }

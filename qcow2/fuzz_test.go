@@ -160,6 +160,7 @@ func fuzz(t *testing.T, base *fuzzImage, b []byte, changed bool, ops fuzzInput) 
 	start := append([]byte(nil), b...)
 	if f.open(Options{ReadOnly: true}) == nil {
 		f.read(0, min(f.m.Size(), 4*fuzzSize))
+		f.readBitmaps()
 		_ = f.judge(f.m.Close())
 	}
 	f.kept = f.snapshots()
@@ -227,6 +228,10 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 	how := in.uint(1)
 	off := int64(in.uint(3) % uint64(size))
 	n := min(1+int64(in.uint(2))%int64(len(f.buf)), size-off)
+	if how >= 0xe0 {
+		f.bitmap(how%8, [...]string{"dirty", "one", "two", "three"}[n%4], int64(512)<<(off%8))
+		return true
+	}
 	switch how % 13 {
 	case 0, 1:
 		_, err := f.m.WriteAt(f.buf[:n], off)
@@ -264,10 +269,55 @@ func (f *fuzzRun) operate(in *fuzzInput) bool {
 	return true
 }
 
+// bitmap changes the bitmap with the name. Where it finds it broken it changes nothing.
+func (f *fuzzRun) bitmap(how uint64, name string, grain int64) {
+	ctx := f.t.Context()
+	var err error
+	switch how {
+	case 0:
+		err = f.m.AddBitmap(ctx, name, BitmapOptions{Granularity: grain})
+	case 1:
+		err = f.m.RemoveBitmap(ctx, name)
+	case 2:
+		err = f.m.ClearBitmap(ctx, name)
+	case 3:
+		err = f.m.EnableBitmap(ctx, name)
+	case 4:
+		err = f.m.DisableBitmap(ctx, name)
+	case 5, 6:
+		err = f.m.MergeBitmap(ctx, name, f.m, "dirty")
+	default:
+		f.readBitmaps()
+	}
+	if errors.Is(err, ErrCorrupt) && f.model == nil {
+		f.good = f.typed(err) == nil
+		return
+	}
+	f.refused(err)
+}
+
+// readBitmaps reads what the bitmaps say: ranges of the disk in order.
+func (f *fuzzRun) readBitmaps() {
+	list, err := f.m.Bitmaps()
+	_ = f.typed(err)
+	for _, b := range list[:min(len(list), 8)] {
+		end := int64(-1)
+		for r, err := range f.m.DirtyRanges(b.Name) {
+			if f.typed(err) != nil {
+				break
+			}
+			if r.Offset <= end || r.Length <= 0 || r.Length > f.m.Size()-r.Offset {
+				f.t.Fatalf("bitmap %q: the range %v after %d", b.Name, r, end)
+			}
+			end = r.Offset + r.Length
+		}
+	}
+}
+
 // refused notes the result of an operation that may be refused, and reports
 // whether it was or failed.
 func (f *fuzzRun) refused(err error) bool {
-	for _, kind := range []error{ErrUnsupported, ErrInvalidOption, ErrNoSnapshot, unix.EFBIG} {
+	for _, kind := range []error{ErrUnsupported, ErrInvalidOption, ErrNoSnapshot, ErrNoBitmap, ErrBitmapInUse, unix.EFBIG} {
 		if errors.Is(err, kind) {
 			return f.typed(err) != nil
 		}
@@ -358,6 +408,8 @@ var someOps = []byte{
 	6, 0, 0, 0, 0x9c, 0x3f, 0, 3, 0xff, 0, 2, 0, 5, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0x9c, 0x3f, 5, 0, 0, 0, 0, 0,
 	8, 0, 0x50, 0, 0, 0, 10, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0x9c, 0x3f, 9, 0, 0, 0, 0, 0, 5, 0xfe, 1,
 	12, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 2, 0, 0, 11, 0, 0, 0, 0, 1, 0, 0, 0x90, 0, 0x9c, 0x3f,
+	0xe0, 0, 0, 1, 0, 0, 0xe4, 0, 0, 0, 0, 0, 0xe5, 0, 0, 0, 0, 0, 0xe7, 0, 0, 0, 0, 0, 0xe3, 0, 0, 0, 0, 0,
+	0xe0, 0, 0, 2, 0, 1, 0xe5, 0, 0, 0, 0, 1, 9, 0, 0, 0, 0, 0, 3, 0, 0, 0xe2, 0, 0, 0, 0, 1, 0xe1, 0, 0, 0, 0, 0,
 }
 
 // FuzzHeader replaces the beginning of the first cluster: header, extensions and

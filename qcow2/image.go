@@ -269,12 +269,15 @@ func (m *Image) datasync() error {
 	return nil
 }
 
-// explain turns an internal error into the one that callers see. A corruption
-// found while writing ends all writing and sets the corrupt bit, so that nobody
-// makes it worse. mu is not held.
+// explain turns an internal error into the one that callers see. A corruption of
+// the disk found while writing ends all writing and sets the corrupt bit, so that
+// nobody makes it worse. mu is not held.
 func (m *Image) explain(err error) error {
 	if err == nil {
 		return nil
+	}
+	if _, ok := errors.AsType[inactiveError](err); ok {
+		return inFile(m.path, err)
 	}
 	err = inFile(m.path, err)
 	if errors.Is(err, ErrCorrupt) && !m.readOnly {

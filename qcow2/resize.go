@@ -31,10 +31,14 @@ type ResizeOptions struct {
 // or is cancelled, the room beyond the end is not all given back, which the same
 // Resize can make up for.
 //
-// A disk larger than its L1 table can be, an image with persistent bitmaps, whose
-// sizes are the disk's, and one of version 2 with internal snapshots, which do not
-// know their size, are refused with ErrUnsupported, a shrinking that is not allowed
-// with ErrInvalidOption.
+// Persistent bitmaps change their size with the disk, and say of what it gains that
+// it has not changed. Those that are in use stay so. A crash at the moment at which
+// the size changes may leave all of them in use.
+//
+// A disk larger than its L1 table can be, or for its bitmaps to be loaded by QEMU,
+// and an image of version 2 with internal snapshots, which do not know their size,
+// are refused with ErrUnsupported, a shrinking that is not allowed with
+// ErrInvalidOption.
 func (m *Image) Resize(ctx context.Context, size int64, opts ResizeOptions) error {
 	m.resizing.Lock()
 	defer m.resizing.Unlock()
@@ -87,10 +91,6 @@ func (m *Image) checkHeader(size int64) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	ext, err := m.loadExtensions(h)
-	if err != nil {
-		return 0, err
-	}
 	entries := h.l1Entries(uint64(size)) //nolint:gosec // G115: not negative
 	switch {
 	case entries*8 > maxL1Bytes:
@@ -100,25 +100,27 @@ func (m *Image) checkHeader(size int64) (uint64, error) {
 			Kind: ErrUnsupported, What: "an image of version 2 that has internal snapshots cannot be resized",
 			Mend: "make it version 3 with: qemu-img amend -f qcow2 -o compat=1.1 " + shellWord(m.path),
 		}
-	case ext.bitmaps != nil:
-		return 0, &Error{
-			Kind: ErrUnsupported, What: "an image with persistent bitmaps cannot be resized",
-			Mend: "remove each of them with: calf image bitmap --remove " + shellWord(m.path) + " NAME",
-		}
 	}
-	return entries, nil
+	return entries, m.checkBitmapSizes(size)
 }
 
-// switchSize makes size the disk's, on stable storage first. On an error the
-// header may have either size; the image then takes no further writes. It runs
+// switchSize makes size the disk's, on stable storage first. On an error of the
+// header that may have either size; the image then takes no further writes. It runs
 // exclusively.
-func (m *Image) switchSize(size int64) error {
+//
+// Bitmaps are in use from before the size changes until those of the new one are in
+// place, so nobody takes bits for what they do not stand for.
+func (m *Image) switchSize(ctx context.Context, size int64) error {
 	if err := m.commit(); err != nil {
+		return err
+	}
+	bitmaps, err := m.resizeBitmaps(ctx, size)
+	if err != nil {
 		return err
 	}
 	var field [8]byte
 	binary.BigEndian.PutUint64(field[:], uint64(size)) //nolint:gosec // G115: not negative
-	err := writeFull(m.file, field[:], offSize)
+	err = writeFull(m.file, field[:], offSize)
 	if err == nil {
 		err = m.datasync()
 	}
@@ -126,7 +128,10 @@ func (m *Image) switchSize(size int64) error {
 		return m.fail(fmt.Errorf("changing the size of the disk: %w", err))
 	}
 	m.setSize(size)
-	return nil
+	if bitmaps == nil {
+		return nil
+	}
+	return bitmaps.put()
 }
 
 func (m *Image) setSize(size int64) {
@@ -160,7 +165,7 @@ func (m *Image) grow(ctx context.Context, size int64, mode Preallocation) error 
 		err = m.commits.run(m.commit)
 	}
 	if err == nil {
-		err = m.exclusively(func() error { return m.switchSize(size) })
+		err = m.exclusively(func() error { return m.switchSize(ctx, size) })
 	}
 	if err == nil {
 		return nil

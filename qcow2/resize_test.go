@@ -192,6 +192,19 @@ func fileSize(t testing.TB, path string) int64 {
 func TestResizeRefused(t *testing.T) {
 	const size = 1 << 20
 	plain := func(t *testing.T) string { return create(t, CreateOptions{Size: size, ClusterSize: 512}) }
+	// An image with a bitmap, in whose row a byte is changed.
+	marked := func(at int64, to byte) func(t *testing.T) string {
+		return func(t *testing.T) string {
+			path := create(t, CreateOptions{Size: size})
+			qemu(t, "qemu-img", "bitmap", "--add", "-g", "512", path, "b")
+			b := readFile(t, path)
+			if at > 0 {
+				b[field(b, int64(bytes.Index(b, []byte{0x23, 0x85, 0x28, 0x75}))+24)+at] = to
+			}
+			writeFile(t, path, b)
+			return path
+		}
+	}
 	for _, c := range []struct {
 		says string
 		kind error
@@ -211,11 +224,10 @@ func TestResizeRefused(t *testing.T) {
 			qemu(t, "qemu-img", "snapshot", "-c", "s", path)
 			return path
 		}},
-		{"persistent bitmaps", ErrUnsupported, 512, ResizeOptions{Shrink: true}, func(t *testing.T) string {
-			path := create(t, CreateOptions{Size: size})
-			qemu(t, "qemu-img", "bitmap", "--add", path, "b")
-			return path
-		}},
+		{"persistent bitmaps", ErrUnsupported, 0, ResizeOptions{Shrink: true}, marked(0, 0)},
+		{"more than 512 MiB", ErrUnsupported, 2<<40 + 512, ResizeOptions{}, marked(0, 0)},
+		{"of an unknown kind", ErrUnsupported, 2 * size, ResizeOptions{}, marked(16, 2)},
+		{"does not agree with the disk", ErrCorrupt, 2 * size, ResizeOptions{}, marked(11, 2)},
 	} {
 		m := open(t, c.make(t), Options{})
 		must(t, m.Flush())

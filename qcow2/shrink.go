@@ -16,7 +16,7 @@ func (m *Image) shrink(ctx context.Context, size int64) error {
 		if _, err := m.checkHeader(size); err != nil {
 			return err
 		}
-		return m.switchSize(size)
+		return m.switchSize(ctx, size)
 	})
 	if err != nil {
 		return err

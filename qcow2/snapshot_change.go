@@ -3,7 +3,6 @@ package qcow2
 import (
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -121,7 +120,7 @@ func (m *Image) ApplySnapshot(ctx context.Context, which string) error {
 		}
 		size, err := row.diskSize(m.Size())
 		if err == nil && size != m.Size() {
-			_, err = m.checkHeader(size)
+			err = m.checkApplied(size)
 		}
 		if err != nil {
 			return err
@@ -177,6 +176,19 @@ func (m *Image) changeSnapshots(ctx context.Context, plan func(h *header, to *ta
 	})
 }
 
+// checkApplied refuses a snapshot whose disk has another length, size bytes, as
+// Resize would.
+func (m *Image) checkApplied(size int64) error {
+	if m.bitmaps.n > 0 {
+		return &Error{
+			Kind: ErrUnsupported, What: "a snapshot of a disk with another length cannot be applied to an image with persistent bitmaps",
+			Mend: fmt.Sprintf("make the disk %d bytes long before", size),
+		}
+	}
+	_, err := m.checkHeader(size)
+	return err
+}
+
 // changeTables runs change, which gets the header as it is in the file. Nothing
 // else is done to the image meanwhile, and the file has all that was done before.
 func (m *Image) changeTables(change func(h *header) error) error {
@@ -189,7 +201,7 @@ func (m *Image) changeTables(change func(h *header) error) error {
 	if err := m.Flush(); err != nil {
 		return err
 	}
-	err := m.exclusively(func() error {
+	return m.explain(m.exclusively(func() error {
 		if err := m.commitAll(); err != nil {
 			return err
 		}
@@ -202,11 +214,7 @@ func (m *Image) changeTables(change func(h *header) error) error {
 			return err
 		}
 		return change(h)
-	})
-	if _, ok := errors.AsType[inactiveError](err); ok {
-		return inFile(m.path, err) // the disk is sound
-	}
-	return m.explain(err)
+	}))
 }
 
 // keepSnapshots makes the snapshot table of to the image's, of which it has the

@@ -66,6 +66,7 @@ var steps = map[string]step{
 	"pack":    {do: (*worker).pack},
 	"resize":  {do: (*worker).resize},
 	"snap":    {do: (*worker).snapshot, alone: true},
+	"bitmap":  {do: (*worker).bitmap, alone: true},
 	"read":    {do: (*worker).read},
 	"fill":    {do: (*worker).fill},
 	"zero":    {do: func(w *worker) error { return w.erase(eraseWrite) }},
