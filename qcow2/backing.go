@@ -109,7 +109,7 @@ func checkBacking(path, name, format string, opts Options) error {
 // base that opts name.
 func (c *chain) openLayer(path, name, format string, opts Options) (under backing, err error) {
 	target := besideImage(path, name)
-	opts.ReadOnly, opts.Snapshot = !opts.isBase(path, target), ""
+	opts.ReadOnly, opts.Snapshot, opts.BackingSize = !opts.isBase(path, target), "", 0
 	f, err := c.openTrusted("backing file", path, target, openFlags(opts))
 	if err != nil {
 		return nil, err

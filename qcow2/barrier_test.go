@@ -64,8 +64,13 @@ var controls = map[string]control{
 	"bitmapChange.writeDurably 1": {work: bitmapChangesWithout},
 	// All new tables before the header points to them, and that before a change of
 	// snapshots returns and what it freed is used again.
-	"rewrite.prepare 1":     {work: snapshotsWithout},
-	"rewrite.switchOver 1":  {work: snapshotsWithout},
+	"rewrite.prepare 1":    {work: snapshotsWithout},
+	"rewrite.switchOver 1": {work: snapshotsWithout},
+	// The extensions and the name before the sector that leads to them, and that
+	// before what it led to is written over.
+	"Image.putFirst 1":      {work: underWithout},
+	"Image.putFirst 2":      {work: underWithout},
+	"rawBacking.Flush 1":    {why: "nothing in a raw file depends on it: it is for whoever asks"},
 	"Image.setCorruptBit 1": {why: "an image that lost its corrupt bit is found corrupt again"},
 }
 

@@ -152,3 +152,36 @@ func (r *rawBacking) mapAt(off, n int64) (Mapping, error) {
 	found.Length = length
 	return found, nil
 }
+
+// longBacking is a backing file, or none, with zeros behind it.
+type longBacking struct {
+	backing backing // nil for none
+	size    int64
+}
+
+func (l *longBacking) Size() int64 { return l.size }
+
+// ends reports whether there is nothing but zeros from off on.
+func (l *longBacking) ends(off int64) bool { return l.backing == nil || off >= l.backing.Size() }
+
+func (l *longBacking) ReadvAt(iov [][]byte, off int64) error {
+	if l.ends(off) {
+		zeroFrom(iov, 0)
+		return nil
+	}
+	return readPadded(l.backing, iov, off)
+}
+
+func (l *longBacking) mapAt(off, n int64) (Mapping, error) {
+	if l.ends(off) {
+		return Mapping{Offset: off, Length: n, HostOffset: NoOffset}, nil
+	}
+	return l.backing.mapAt(off, min(n, l.backing.Size()-off))
+}
+
+func (l *longBacking) Close() error {
+	if l.backing == nil {
+		return nil
+	}
+	return l.backing.Close()
+}

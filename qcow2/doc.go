@@ -17,7 +17,8 @@
 // DirtyRanges returns.
 //
 // To merge an overlay into a file that it lies over, Options.Base opens that file
-// for writing too, and Empty makes the overlay hold nothing afterwards.
+// for writing too, and Empty makes the overlay hold nothing afterwards. SetBacking
+// names another file for it to lie over.
 //
 // Check counts all references in an image that nobody writes to and finds leaks
 // and corruptions. It keeps what it counts in bounded memory and opens nothing but

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"iter"
 	"strings"
 )
 
@@ -15,6 +16,7 @@ const (
 	extBitmaps       = 0x23852875
 	extDataFile      = 0x44415441
 	extEncryption    = 0x0537be77
+	extSkip          = 0x63616c66 // what lies in the way while SetBacking is at work
 )
 
 // Types of feature in the feature name table.
@@ -97,6 +99,23 @@ func parseExtensions(h *header, b []byte) (extensions, error) {
 		off += (n + 7) &^ 7
 	}
 	return x, nil
+}
+
+// extensions returns the types and data of the extensions in b, the first cluster,
+// which parseExtensions has accepted.
+func (h *header) extensions(b []byte) iter.Seq2[uint32, []byte] {
+	return func(yield func(uint32, []byte) bool) {
+		if h.backingOffset != 0 {
+			b = b[:h.backingOffset]
+		}
+		for b = b[min(int(h.length), len(b)):]; len(b) >= extensionHead; {
+			kind, n := binary.BigEndian.Uint32(b), int(binary.BigEndian.Uint32(b[4:]))
+			if kind == extEnd || !yield(kind, b[extensionHead:][:min(n, len(b)-extensionHead)]) {
+				return
+			}
+			b = b[min(extensionHead+(n+7)&^7, len(b)):]
+		}
+	}
 }
 
 func (n featureNames) add(table []byte) {

@@ -32,6 +32,11 @@ type Options struct {
 	// is or as the image above it names it, which is opened for writing too: see
 	// Image.Base. It takes an image that is open for writing.
 	Base string
+	// BackingSize is how long, in bytes, the backing file of the image counts as at
+	// least: if it is shorter, or there is none, as if zeros were behind it. So what
+	// is made zero there is marked, and does not show a longer backing file that the
+	// image gets by SetBacking.
+	BackingSize int64
 	// NoBacking refuses any image that names a backing file.
 	NoBacking bool
 	// BackingDirs are directories, beside the one of the image that names
@@ -200,6 +205,9 @@ func (m *Image) load(opts Options, c *chain) error {
 		if m.backing, err = c.openBacking(m.path, name, ext.backingFormat, opts); err != nil {
 			return err
 		}
+	}
+	if opts.BackingSize > 0 && (m.backing == nil || m.backing.Size() < opts.BackingSize) {
+		m.backing = &longBacking{m.backing, opts.BackingSize}
 	}
 	if err := m.loadBitmaps(h, ext.bitmaps, fileSize); err != nil {
 		return err

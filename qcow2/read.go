@@ -71,13 +71,19 @@ func (m *Image) readBacking(iov [][]byte, off int64) error {
 		zeroFrom(iov, 0)
 		return nil
 	}
-	have := m.backing.Size() - off
+	return readPadded(m.backing, iov, off)
+}
+
+// readPadded fills iov with the bytes at off of b, which has some there, and zeros
+// behind its end.
+func readPadded(b backing, iov [][]byte, off int64) error {
+	have := b.Size() - off
 	if length(iov) <= have {
-		return m.backing.ReadvAt(iov, off)
+		return b.ReadvAt(iov, off)
 	}
 	zeroFrom(iov, int(have))
 	r := newRequest(iov)
-	err := m.backing.ReadvAt(r.take(have), off)
+	err := b.ReadvAt(r.take(have), off)
 	r.release()
 	return err
 }

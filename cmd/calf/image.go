@@ -70,6 +70,7 @@ func imageVerbs() []verbGroup {
 			newImageConvert(),
 			newImageCompact(),
 			newImageCommit(),
+			newImageRebase(),
 		}},
 		{"To use and measure them:", []*cobra.Command{
 			newImageServe(),

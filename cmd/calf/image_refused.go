@@ -45,6 +45,9 @@ var refusedFlags = map[string][]refusedFlag{
 		{"tls-authz", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
 		{"tls-creds", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
 	},
+	"rebase": {
+		{"force-share", "U", false, "an image that changes is not shared: close the program that uses it"},
+	},
 }
 
 // otherVerbs are the verbs of qemu-img that calf image does not have, with what

@@ -38,6 +38,9 @@ type copying struct {
 	// negative, the source is the base itself.
 	base   source
 	shared int
+	// plan says what to do with each range, in order and without gaps; nil leaves
+	// that to the map of the source.
+	plan iter.Seq2[task, error]
 	// sparse is the least length of zeros, a multiple of 512 bytes, that are not
 	// written as data. 0 writes them all.
 	sparse int64
@@ -286,6 +289,9 @@ func (p *pacer) wait(ctx context.Context, n int64) error {
 
 // tasks says of all ranges of the source, in order and without gaps, what to do.
 func (c *copying) tasks() iter.Seq2[task, error] {
+	if c.plan != nil {
+		return c.plan
+	}
 	return func(yield func(task, error) bool) {
 		for off, size := int64(0), c.from.Size(); off < size; {
 			for m, err := range c.from.Map(off, size-off) {

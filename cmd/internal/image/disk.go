@@ -52,6 +52,8 @@ type OpenOptions struct {
 	// Base is the backing file that is opened for writing too, as that of
 	// qcow2.Options.
 	Base string
+	// BackingSize is that of qcow2.Options.
+	BackingSize int64
 	// CompressionLevel and L2CacheBytes are those of qcow2.Options.
 	CompressionLevel int
 	L2CacheBytes     int64
@@ -148,7 +150,7 @@ func Open(path string, o OpenOptions) (*Image, error) {
 func (o OpenOptions) qcow2(mode cacheMode) qcow2.Options {
 	return qcow2.Options{
 		ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Snapshot: o.Snapshot,
-		NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, Base: o.Base, DataFile: true,
+		NoBacking: o.NoBacking, BackingDirs: o.BackingDirs, Base: o.Base, BackingSize: o.BackingSize, DataFile: true,
 		Direct: mode.direct, Volatile: mode.unsafe,
 		CompressionLevel: o.CompressionLevel, L2CacheBytes: o.L2CacheBytes,
 	}
