@@ -33,6 +33,13 @@ var elapsed = regexp.MustCompile(`(\d+ ops; |(?m:^)\d+,\d+,).*`)
 // withoutTime is the output of an exerciser without what differs between two runs.
 func withoutTime(out string) string { return elapsed.ReplaceAllString(out, "${1}TIME") }
 
+// exerciser returns calf image io as a process to be.
+func exerciser(args ...string) *exec.Cmd {
+	cmd := command(append([]string{"image", "io"}, args...)...)
+	cmd.Env = append(cmd.Env, "GORACE=atexit_sleep_ms=0") // or it waits for a second before its end
+	return cmd
+}
+
 // TestImageIOFlags gives flags in all their forms to both programs.
 func TestImageIOFlags(t *testing.T) {
 	t.Chdir(t.TempDir())
@@ -75,7 +82,7 @@ func TestImageIOFlags(t *testing.T) {
 		{"-c", "open a.qcow2", "-c", "length"},
 		{"-c", "foo", "a.qcow2"},
 		{"-c", "quit", "a.qcow2", "-c", "foo"},
-		{"a.qcow2", "-c", "aio_write 3M 1", "-c", "aio_read -P 9 0 1"},
+		{"a.qcow2", "-c", "aio_write 3M 1", "-c", "aio_flush", "-c", "aio_read -P 9 0 1"},
 	} {
 		wantCode, want := qemuExerciser(t, "", strings.Split(strings.ReplaceAll(strings.Join(args, "\x00"), "a.qcow2", "theirs.qcow2"), "\x00")...)
 		code, got, messages := calf(t, append([]string{"image", "io"}, args...)...)
@@ -125,7 +132,7 @@ func TestImageIOInput(t *testing.T) {
 		"aio_write 0 4k\naio_flush\nlength\n", "close\nopen a.qcow2\nlength", "foo\nquit\n",
 	} {
 		wantCode, want := qemuExerciser(t, input, "-f", "qcow2", "a.qcow2")
-		cmd := command("image", "io", "a.qcow2")
+		cmd := exerciser("a.qcow2")
 		cmd.Stdin = strings.NewReader(input)
 		out, err := cmd.Output()
 		if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
@@ -135,7 +142,7 @@ func TestImageIOInput(t *testing.T) {
 			t.Errorf("%q: code %d, want %d\n%s", input, cmd.ProcessState.ExitCode(), wantCode, cmp.Diff(want, got))
 		}
 	}
-	cmd := command("image", "io", "a.qcow2")
+	cmd := exerciser("a.qcow2")
 	cmd.Stdin = strings.NewReader(strings.Repeat("x", 1<<20))
 	if out, err := cmd.CombinedOutput(); err == nil || len(out) > 1000 || !strings.Contains(string(out), "too long") {
 		t.Errorf("a line of a mebibyte: %v, %.200s", err, out)
@@ -152,7 +159,7 @@ func TestImageIOSignals(t *testing.T) {
 		var out [2]string
 		for i, cmd := range []*exec.Cmd{
 			exec.Command("qemu-io", "-f", "qcow2", "a.qcow2", "-c", "write 0 512", "-c", c, "-c", "length"),
-			command("image", "io", "a.qcow2", "-c", "write 0 512", "-c", c, "-c", "length"),
+			exerciser("a.qcow2", "-c", "write 0 512", "-c", c, "-c", "length"),
 		} {
 			var b bytes.Buffer
 			cmd.Stdout = &b
@@ -167,7 +174,7 @@ func TestImageIOSignals(t *testing.T) {
 		}
 	}
 	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
-		cmd := command("image", "io", "a.qcow2", "-c", "write -P 7 0 512", "-c", "length", "-c", "sleep 100000")
+		cmd := exerciser("a.qcow2", "-c", "write -P 7 0 512", "-c", "length", "-c", "sleep 100000")
 		out, err := cmd.StdoutPipe()
 		if err == nil {
 			err = cmd.Start()
@@ -193,7 +200,7 @@ func TestImageIOSignals(t *testing.T) {
 func TestImageIOTerminal(t *testing.T) {
 	t.Chdir(t.TempDir())
 	qemuImg(t, "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
-	cmd := command("image", "io", "a.qcow2")
+	cmd := exerciser("a.qcow2")
 	tty, err := pty.StartWithSize(cmd, &pty.Winsize{Rows: 24, Cols: 200})
 	if err != nil {
 		t.Fatal(err)

@@ -221,6 +221,23 @@ func TestLikeQEMU(t *testing.T) {
 	same(t, s, p)
 }
 
+// TestCopyOnReadKeepsWrites reads and writes parts of the same clusters at once.
+func TestCopyOnReadKeepsWrites(t *testing.T) {
+	s := sample{name: "overlay", format: "qcow2", size: "32M", create: []string{"-o", "cluster_size=64k"}, base: true}
+	script := []string{}
+	for i := range 100 {
+		script = append(script, fmt.Sprintf("aio_read -q %d 512", i<<16), fmt.Sprintf("aio_write -qP 9 %d 512", i<<16+4096), fmt.Sprintf("aio_read -q %d 512", i<<16+8192))
+	}
+	script = append(script, "aio_flush")
+	for i := range 100 {
+		script = append(script, fmt.Sprintf("read -qP 9 %d 512", i<<16+4096))
+	}
+	got := ours(t, s.pair(t)[1], Options{Path: s.file(), Format: s.format, CopyOnRead: true}, script)
+	if want := (result{OK: true}); got != want {
+		t.Error(cmp.Diff(want, got))
+	}
+}
+
 func TestMain(m *testing.M) {
 	signal.Ignore(syscall.SIGPIPE) // as calf does
 	os.Exit(m.Run())
@@ -234,7 +251,7 @@ func TestSessions(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	lines := 80
+	lines := 60
 	if testing.Short() {
 		lines = 20
 	}
@@ -271,8 +288,13 @@ func TestCopyOnRead(t *testing.T) {
 	}
 }
 
-// TestSource fills what is written from a file, across the pieces of a transfer.
-func TestSource(t *testing.T) {
+// TestPieces moves more than a piece at once: from a file, and verified.
+func TestPieces(t *testing.T) {
 	s := samples[0]
-	both(t, s, s.pair(t), []string{"truncate 64M", "write -s pattern 12345 40M", "read -v 41955000 60", "write -c -s pattern 48M 1M", "read -v 49M 40", "map"}, false)
+	both(t, s, s.pair(t), []string{
+		"truncate 64M", "write -s pattern 12345 40M", "read -v 16789540 40", "read -v 41955000 60",
+		"write -c -s pattern 48M 1M", "read -v 48k 40", "read -P 0x74 41955000 1", "map",
+		"write -P 6 1M 40M", "read -P 6 1M 40M", "readv -P 6 1M 15M 15M 10M", "write -P 7 20M 1", "read -P 6 1M 40M", "readv -P 6 1M 15M 15M 10M",
+		"read -P 6 -l 19M 1M 40M", "read -P 6 -s 19M 1M 40M", "read -P 6 -s 19922945 1M 40M", "aio_write -P 8 2M 30M 5M", "aio_flush", "aio_read -P 8 2M 35M", "aio_flush",
+	}, false)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"iter"
+	"reflect"
 	"strings"
 	"sync"
 	"syscall"
@@ -155,6 +156,78 @@ func TestAsynchronousIsBounded(t *testing.T) {
 	if !s.Close() {
 		t.Errorf("it failed: %s", &messages)
 	}
+}
+
+// TestStable flushes after what was written with -f, and nothing else.
+func TestStable(t *testing.T) {
+	d := &countingDisk{memDisk: memDisk{data: make([]byte, 1<<16)}}
+	var out, messages bytes.Buffer
+	s := New(Config{Out: &out, Messages: &messages, Open: func(Options) (Disk, error) { return d, nil }})
+	if err := s.OpenFile(Options{Path: "x"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"write -f 0 512", "write -zf 0 512", "writev -f 0 512", "aio_write -f 0 512", "aio_write -zf 0 512", "flush"} {
+		before := d.flushes
+		s.Do(t.Context(), line)
+		s.Do(t.Context(), "aio_flush")
+		if d.flushes != before+1 {
+			t.Errorf("%s: %d flushes", line, d.flushes-before)
+		}
+		if s.Do(t.Context(), strings.ReplaceAll(strings.ReplaceAll(line, "-f ", ""), "f ", " ")); line != "flush" && d.flushes != before+1 {
+			t.Errorf("without -f: %d flushes", d.flushes-before-1)
+		}
+	}
+	if !s.Close() {
+		t.Errorf("it failed: %s", &messages)
+	}
+}
+
+// TestMisalign looks at where the buffers of transfers are.
+func TestMisalign(t *testing.T) {
+	for _, misalign := range []bool{false, true} {
+		d := &countingDisk{memDisk: memDisk{data: make([]byte, 1<<16)}}
+		s := New(Config{Out: io.Discard, Messages: io.Discard, Misalign: misalign, Open: func(Options) (Disk, error) { return d, nil }})
+		if err := s.OpenFile(Options{Path: "x"}); err != nil {
+			t.Fatal(err)
+		}
+		for _, line := range []string{"write 0 4k", "writev 0 4k 4k", "aio_write 0 4k", "read 0 4k", "readv 0 4k 4k", "aio_read 0 4k"} {
+			s.Do(t.Context(), line)
+			if s.Do(t.Context(), "aio_flush"); (d.odd > 0) != misalign {
+				t.Errorf("%s, misaligned %t: %d of its buffers are", line, misalign, d.odd)
+			}
+			d.odd = 0
+		}
+		s.Close()
+	}
+}
+
+// countingDisk counts flushes, and buffers that begin inside of 512 bytes.
+type countingDisk struct {
+	memDisk
+
+	flushes, odd int
+}
+
+func (d *countingDisk) Flush() error { d.flushes++; return nil }
+
+func (d *countingDisk) count(iov [][]byte) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, p := range iov {
+		if reflect.ValueOf(p).Pointer()%512 != 0 {
+			d.odd++
+		}
+	}
+}
+
+func (d *countingDisk) ReadvAt(iov [][]byte, off int64) error {
+	d.count(iov)
+	return d.memDisk.ReadvAt(iov, off)
+}
+
+func (d *countingDisk) WritevAt(iov [][]byte, off int64) error {
+	d.count(iov)
+	return d.memDisk.WritevAt(iov, off)
 }
 
 // slowDisk lets a write through for each element of gate.

@@ -3,6 +3,7 @@ package exercise
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"os"
 	"syscall"
@@ -137,7 +138,10 @@ func (t *transfer) send(ctx context.Context, d Disk) error {
 		put = d.WriteCompressed
 	}
 	buf := t.buffer(t.memory())
-	fill(buf, t.pattern)
+	if len(buf) > 0 {
+		buf[0] = t.pattern
+		repeat(buf, 1)
+	}
 	return t.inPieces(ctx, buf, func(p []byte, done int64) error {
 		if err := t.load(p, done); err != nil {
 			return err
@@ -193,15 +197,16 @@ func (t *transfer) load(p []byte, off int64) error {
 	if err != nil {
 		return err
 	}
-	for len(p) > 0 {
-		at := off % st.Size()
-		n, err := io.ReadFull(io.NewSectionReader(t.source, at, st.Size()-at), p[:min(int64(len(p)), st.Size()-at)])
-		if err != nil {
-			return err
+	once := p[:min(int64(len(p)), st.Size())]
+	for n := 0; n < len(once) && err == nil; {
+		var read int
+		read, err = t.source.ReadAt(once[n:], (off+int64(n))%st.Size())
+		if n += read; errors.Is(err, io.EOF) && read > 0 {
+			err = nil // it goes on at the beginning
 		}
-		p, off = p[n:], off+int64(n)
 	}
-	return nil
+	repeat(p, len(once))
+	return err
 }
 
 // receive reads the range, verifies it, and keeps it if it is to be shown.
@@ -236,9 +241,10 @@ func (t *transfer) split(p []byte) [][]byte {
 	return iov
 }
 
-func fill(p []byte, with byte) {
-	for i := range p {
-		p[i] = with
+// repeat fills p with what its first n bytes are, over and over.
+func repeat(p []byte, n int) {
+	for n > 0 && n < len(p) {
+		n += copy(p[n:], p[:n])
 	}
 }
 
