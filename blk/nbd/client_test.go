@@ -219,9 +219,13 @@ func (c *client) skip(values ...any) {
 	c.get(len(encode(values...)))
 }
 
-// gone expects the server to hang up without another word.
+// gone expects the server to hang up without another word, before a handshake that
+// does not go on would end.
 func (c *client) gone() {
 	c.t.Helper()
+	if err := c.nc.SetReadDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		c.t.Fatal(err)
+	}
 	var b [1]byte
 	if n, err := c.nc.Read(b[:]); n != 0 || !hungUp(err) {
 		c.t.Fatalf("got %x, %v; want the connection to be over", b[:n], err)

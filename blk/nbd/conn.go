@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"net"
 	"sync"
@@ -59,6 +60,16 @@ func (c *conn) name() string { return c.nc.RemoteAddr().String() }
 func (c *conn) close() {
 	c.work.Wait()
 	_ = c.nc.Close() // All that was to be said has been said.
+}
+
+// limit sets the deadlines of the connection, unless the server stops, which has
+// deadlines of its own.
+func (c *conn) limit(ctx context.Context, deadline time.Time) error {
+	err := c.nc.SetDeadline(deadline)
+	if ctx.Err() != nil { // It may have come before.
+		c.drain()
+	}
+	return err
 }
 
 // drain ends the reading of requests, and replies that the client does not take in

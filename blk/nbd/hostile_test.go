@@ -147,6 +147,32 @@ func TestKilledClients(t *testing.T) {
 	}
 }
 
+// TestHastyClients go away before they are told that they may come in, and take no
+// room from others.
+func TestHastyClients(t *testing.T) {
+	cfg := export(thin(4096))
+	cfg.MaxConnections = 2
+	s := serve(t, cfg)
+	for i := range 40 {
+		c := s.dial()
+		c.send(uint32(3), [][]byte{option(1, "disk"), option(7, str(""), uint16(0))}[i%2])
+		_ = c.nc.Close()
+	}
+	for n := 0; ; n++ {
+		c := s.dial()
+		c.send(uint32(3), option(7, str(""), uint16(0)))
+		c.skip(replyMagic, uint32(7))
+		if binary.BigEndian.Uint32(c.get(4)) == 3 {
+			return
+		}
+		_ = c.nc.Close()
+		if n > 200 {
+			t.Fatal("there is no room for a client")
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // TestDisconnect answers what is under way before it hangs up.
 func TestDisconnect(t *testing.T) {
 	c := serve(t, export(vastDisk{delay: 50 * time.Millisecond})).enter(false)

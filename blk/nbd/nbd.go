@@ -269,12 +269,12 @@ func (s *Server) serve(ctx context.Context, nc net.Conn, handshakeOver, stop fun
 	undo := context.AfterFunc(ctx, c.drain)
 	defer undo()
 
-	err := nc.SetDeadline(time.Now().Add(s.cfg.HandshakeTimeout))
+	err := c.limit(ctx, time.Now().Add(s.cfg.HandshakeTimeout))
 	if err == nil {
 		err = c.negotiate()
 	}
 	handshakeOver()
-	if err != nil || c.export == nil {
+	if c.export == nil {
 		s.log.Debug("a client has chosen no export", "client", c.name(), "err", err)
 		return
 	}
@@ -285,14 +285,12 @@ func (s *Server) serve(ctx context.Context, nc net.Conn, handshakeOver, stop fun
 	}()
 	s.stats.connections.Add(1)
 	s.log.Debug("a client has come", "client", c.name(), "export", c.export.Name)
-	// What drain does to the deadlines has to outlast this.
-	if err := nc.SetDeadline(time.Time{}); err != nil {
-		return
+	if err == nil {
+		err = c.limit(ctx, time.Time{})
 	}
-	if ctx.Err() != nil {
-		c.drain()
+	if err == nil {
+		err = c.transmit()
 	}
-	err = c.transmit()
 	s.log.Debug("a client has gone", "client", c.name(), "export", c.export.Name, "err", err)
 }
 

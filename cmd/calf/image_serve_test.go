@@ -35,6 +35,7 @@ type serving struct {
 func serve(t *testing.T, exports int, args ...string) *serving {
 	t.Helper()
 	s := &serving{t: t, cmd: command(append([]string{"image", "serve"}, args...)...)}
+	s.cmd.Env = append(s.cmd.Env, "GORACE=atexit_sleep_ms=0") // no pause at the end under the race detector
 	s.cmd.Stderr = &s.messages
 	out, err := s.cmd.StdoutPipe()
 	if err != nil {
