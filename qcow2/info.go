@@ -57,7 +57,7 @@ func inspectFile(path string, a access) (*Info, error) {
 func (h *header) info(ext extensions) *Info {
 	i := &Info{
 		Version:         int(h.version),
-		Size:            int64(min(h.size, math.MaxInt64)), //nolint:gosec // G115: bounded
+		Size:            int64(min(h.size, math.MaxInt64)),
 		ClusterSize:     1 << h.clusterBits,
 		RefcountBits:    1 << h.refcountOrder,
 		CompressionType: map[uint8]string{compressionDeflate: "zlib", compressionZstd: "zstd"}[h.compression],

@@ -128,11 +128,14 @@ func forceShareFlag(cmd *cobra.Command, share *bool) {
 	cmd.Flags().BoolVarP(share, "force-share", "U", false, "read the image even if a program writes to it")
 }
 
+// asksForHelp reports whether a value of -o asks which options there are.
+func asksForHelp(list string) bool { return list == "help" || list == "?" }
+
 // setOptions sets the values of -o for a new image of a format. done is true if they
 // asked for help, which is printed.
 func setOptions(cmd *cobra.Command, o *image.CreateOptions, format string, lists []string) (done bool, err error) {
 	for _, list := range lists {
-		if list == "help" || list == "?" {
+		if asksForHelp(list) {
 			_, err := fmt.Fprint(cmd.OutOrStdout(), image.HelpOptions(format))
 			return true, err
 		}

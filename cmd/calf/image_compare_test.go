@@ -54,7 +54,7 @@ func TestImageCompare(t *testing.T) {
 func TestImageCompareStrict(t *testing.T) {
 	t.Chdir(t.TempDir())
 	for name, commands := range map[string][]string{
-		"empty": nil, "zero": {"write -z 0 64k"}, "data": {"write -P 0 64k 64k"}, "owned": {"write 0 64k", "write -z 0 64k"},
+		"empty": nil, "zero": {"write -z 0 64k"}, "data": {"write -P 0 64k 64k"}, "full": {"write -P 7 0 1M"}, "owned": {"write 0 64k", "write -z 0 64k"},
 		"compressed": {"write -c -P 0 64k 64k"},
 	} {
 		qemuImg(t, "create", "-q", "-f", "qcow2", name+".qcow2", "1M")
@@ -79,6 +79,9 @@ func TestImageCompareStrict(t *testing.T) {
 			}
 		}
 	}
+	// The same bytes of one file at different places are not the same.
+	both(t, "compare", "-f", "raw", "-F", "qcow2", "longer.qcow2", "longer.qcow2")
+	both(t, "compare", "-f", "raw", "-F", "qcow2", "full.qcow2", "full.qcow2")
 	// The first part that differs, and not how long the parts are.
 	qemuIO(t, "longer.qcow2", "write 1M 64k", "write 64k 64k", "write 128k 64k")
 	qemuImg(t, "create", "-q", "-f", "qcow2", "other.qcow2", "2M")

@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -18,14 +20,20 @@ func newImageCreate() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "create FILE [SIZE]",
 		Short: "Make an empty image",
-		Long: `Make an empty image where no file is yet. SIZE takes the units k, M, G, T and P;
-an image over a backing file may leave it out.`,
+		Long: `Make an empty image where no file is yet: qemu-img overwrites one that is there.
+SIZE takes the units k, M, G, T, P and E; an image over a backing file may leave it
+out.`,
 		Example: `  calf image create disk.qcow2 10G
   calf image create -o extended_l2=on,cluster_size=128k disk.qcow2 10G
   calf image create -b base.qcow2 -F qcow2 overlay.qcow2`,
-		Args: cobra.RangeArgs(1, 2),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if slices.ContainsFunc(options, asksForHelp) {
+				return nil
+			}
+			return cobra.RangeArgs(1, 2)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f, err := image.FormatOf(args[0], format)
+			f, err := image.FormatOf(strings.Join(args[:min(1, len(args))], ""), format)
 			if err != nil {
 				return err
 			}

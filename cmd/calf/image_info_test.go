@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -356,7 +355,7 @@ func TestImageInfoRandomDamage(t *testing.T) {
 			}
 			wrong := len(i.Faults) > 0 || out == "" || i.Trust != nil && len(i.Trust.Reasons) > 0
 			if wrong != (code != 0) || len(flags) == 0 && (messages == "") != (code == 0) {
-				t.Fatal(fmt.Sprintf("%q: code %d, %s%s", args, code, out, messages))
+				t.Fatalf("%q: code %d, %s%s", args, code, out, messages)
 			}
 		}
 	}

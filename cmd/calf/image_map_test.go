@@ -36,6 +36,25 @@ func TestImageMap(t *testing.T) {
 	}
 }
 
+// TestImageMapPreallocated maps disks whose clusters have their places before they
+// have data: some read as zero, which the host knows.
+func TestImageMapPreallocated(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, options := range []string{
+		"preallocation=metadata", "preallocation=falloc", "preallocation=full", "preallocation=metadata,extended_l2=on",
+		"data_file=d,data_file_raw=on", "data_file=e,preallocation=metadata", "preallocation=metadata,cluster_size=512,refcount_bits=1",
+	} {
+		qemuImg(t, "create", "-q", "-f", "qcow2", "-o", options, "a.qcow2", "3M")
+		for _, command := range []string{"write 1M 64k", "write 0 4k", "write -z 2M 64k", "discard 2560k 64k"} {
+			qemuIO(t, "a.qcow2", command)
+			_, want := qemuImg(t, "map", "--output=json", "a.qcow2")
+			if got := mustCalf(t, "image", "map", "--output=json", "a.qcow2"); withoutCompressed(got) != want {
+				t.Errorf("%s: it prints\n%s\nwant\n%s", options, got, want)
+			}
+		}
+	}
+}
+
 // TestImageMapCompressed tells what is compressed, and says why a table cannot.
 func TestImageMapCompressed(t *testing.T) {
 	t.Chdir(t.TempDir())

@@ -34,7 +34,7 @@ func newRandomImages(t *testing.T) *randomImages {
 			t.Logf("CALF_SEED=%d does it again", seed)
 		}
 	})
-	return &randomImages{rand.New(rand.NewPCG(seed, 0)), t} //nolint:gosec // G404: a test
+	return &randomImages{rand.New(rand.NewPCG(seed, 0)), t}
 }
 
 // rounds is how many images a test makes of them: CALF_ROUNDS, if it is set.

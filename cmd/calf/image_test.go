@@ -329,3 +329,16 @@ func TestImageForceShare(t *testing.T) {
 		}
 	}
 }
+
+// TestImageCheckRandom checks random images, all sound, with both programs.
+func TestImageCheckRandom(t *testing.T) {
+	r := newRandomImages(t)
+	for range rounds(t, 12) {
+		t.Chdir(t.TempDir())
+		name, format := r.chain("layer")
+		both(t, "check", "-f", format, name)
+		if format == "qcow2" {
+			both(t, "check", "-f", format, "-U", "--output=json", name)
+		}
+	}
+}

@@ -90,8 +90,15 @@ func ExamineUntrusted(path string, o OpenOptions, d DoubtOptions) (*Info, error)
 // rawContent notes what a program that guesses formats would take a raw image for.
 func (t *Trust) rawContent(begin []byte) {
 	for _, f := range []struct{ name, magic string }{
-		{"QCOW", "QFI\xfb"}, {"VMDK", "KDMV"}, {"VMDK", "COWD"}, {"VMDK", "# Disk DescriptorFile"},
-		{"VHDX", "vhdxfile"}, {"VHD", "conectix"}, {"VDI", "<<< "}, {"QED", "QED\x00"}, {"LUKS", "LUKS\xba\xbe"},
+		{"QCOW", "QFI\xfb"},
+		{"VMDK", "KDMV"},
+		{"VMDK", "COWD"},
+		{"VMDK", "# Disk DescriptorFile"},
+		{"VHDX", "vhdxfile"},
+		{"VHD", "conectix"},
+		{"VDI", "<<< "},
+		{"QED", "QED\x00"},
+		{"LUKS", "LUKS\xba\xbe"},
 	} {
 		t.note(bytes.HasPrefix(begin, []byte(f.magic)), "content",
 			"it is a raw image that begins like one of format %s: a program that guesses formats takes it for that", f.name)
