@@ -87,6 +87,7 @@ func addVerb(cmd, verb *cobra.Command) {
 	verb.RunE = func(cmd *cobra.Command, args []string) error {
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 		defer stop()
+		context.AfterFunc(ctx, stop) // a second signal ends calf at once
 		cmd.SetContext(ctx)
 		return imageError(run(cmd, args))
 	}

@@ -239,8 +239,10 @@ func (v *conversion) overwrite(ctx context.Context) error {
 // fill copies the source into the image at path, which is new or exists, and reads
 // as zero if it is fresh.
 func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err error) {
+	isNew := path != v.target
 	to, err := Open(path, OpenOptions{
-		Format: v.Format, Cache: v.Cache, Volatile: path != v.target, BackingDirs: v.Source.BackingDirs,
+		Format: v.Format, Cache: v.Cache, BackingDirs: v.Source.BackingDirs,
+		Volatile: isNew && v.Create.DataFile == "", // of a new one only the file itself is made stable
 	})
 	if err != nil {
 		return err
@@ -255,7 +257,7 @@ func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err err
 		v.offload = func(off, n int64) error { return from[0].raw.CopyRange(to.raw.Raw, off, n) }
 	}
 	longer := func(size int64) error {
-		if path != v.target && size > to.Size() {
+		if isNew && size > to.Size() {
 			return to.Resize(ctx, growth(to, size), qcow2.ResizeOptions{})
 		}
 		return v.fits(to, size)
@@ -266,7 +268,7 @@ func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err err
 	if err := v.copy(ctx, longer); err != nil {
 		return err
 	}
-	if v.from == nil && path != v.target {
+	if v.from == nil && isNew {
 		if err := to.Resize(ctx, v.size, qcow2.ResizeOptions{Shrink: true}); err != nil {
 			return err
 		}

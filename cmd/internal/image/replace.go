@@ -45,6 +45,9 @@ func replaceFile(path string, durable bool, write func(temp string) error) (err 
 		}
 	}()
 	if err := write(temp); err != nil {
+		if errors.Is(err, unix.ENOSPC) {
+			err = fmt.Errorf("there is no room for %s: make some, or name another place for it: %w", path, err)
+		}
 		return err
 	}
 	if old != nil {
