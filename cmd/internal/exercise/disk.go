@@ -41,7 +41,7 @@ type Disk interface {
 
 // OpenImage opens the image that o describes.
 func OpenImage(o Options) (Disk, error) {
-	m, err := image.Open(o.Path, o.image())
+	m, err := image.Open(o.Path, o.openOptions())
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func (d *openDisk) Resize(ctx context.Context, size int64, mode qcow2.Preallocat
 	if err == nil {
 		err = image.Resize(ctx, d.Path, d.Format, strconv.FormatInt(size, 10), o)
 	}
-	m, lost := image.Open(d.Path, d.options.image())
+	m, lost := image.Open(d.Path, d.options.openOptions())
 	if lost != nil {
 		return lostError{errors.Join(err, lost)}
 	}

@@ -84,13 +84,18 @@ func remarkf(format string, args ...any) error { return remark(fmt.Sprintf(forma
 
 // Do runs one line. It reports whether the session goes on.
 func (s *Session) Do(ctx context.Context, line string) bool {
+	var err error
 	words := strings.FieldsFunc(line, func(r rune) bool { return r == ' ' })
 	if len(words) > 0 {
-		err := s.do(ctx, words)
-		s.failed = s.failed || err != nil
-		s.say(err)
+		err = s.do(ctx, words)
 	}
-	return s.flush() && !s.quit && ctx.Err() == nil
+	stopped := context.Cause(ctx)
+	if err == nil {
+		err = stopped
+	}
+	s.failed = s.failed || err != nil
+	s.say(err)
+	return s.flush() && !s.quit && stopped == nil
 }
 
 // flush writes out what has been printed. It reports whether that could be done.
@@ -114,9 +119,11 @@ func (s *Session) say(err error) {
 	}
 }
 
-// complain says what is wrong under the name of the program.
+// complain says what is wrong, each line under the name of the program.
 func (s *Session) complain(err error) {
-	_, _ = fmt.Fprintf(s.Messages, "%s: %s\n", s.Name, err) // There is nowhere else to complain.
+	for line := range strings.Lines(err.Error()) {
+		_, _ = fmt.Fprintf(s.Messages, "%s: %s\n", s.Name, strings.TrimSuffix(line, "\n")) // There is nowhere else to complain.
+	}
 }
 
 func (s *Session) printf(format string, args ...any) {

@@ -268,6 +268,21 @@ func TestSessions(t *testing.T) {
 	}
 }
 
+// TestRawSectors works on a file that does not end with a sector.
+func TestRawSectors(t *testing.T) {
+	s := sample{name: "raw", format: "raw", size: "1M"}
+	p := s.pair(t)
+	for _, dir := range p {
+		if err := os.Truncate(filepath.Join(dir, s.file()), 1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	both(t, s, p, []string{
+		"length", "map", "write -P 5 990 20", "read -v 980 44", "read 1020 8", "write -z 1000 24", "discard 0 1024", "truncate 3k", "length", "write -P 4 3000 72",
+		"truncate -m falloc 4k", "read -P 4 3000 72", "truncate 1k", "length", "alloc 0 2k", "info", "write -c 0 512", "truncate 1000", "length", "read -P 0 512 512",
+	}, false)
+}
+
 // TestCopyOnRead reads overlays with both programs, which keep what they read.
 func TestCopyOnRead(t *testing.T) {
 	for _, s := range samples {

@@ -43,7 +43,7 @@ func (s *Session) Run(ctx context.Context, next func() (string, error)) error {
 		case got.err != nil:
 			return fmt.Errorf("read a command: %w", got.err)
 		case !s.Do(ctx, got.text):
-			return ctx.Err()
+			return nil
 		}
 	}
 }
@@ -58,7 +58,7 @@ func wait[T any](ctx context.Context, s *Session, c <-chan T) (got T, err error)
 			s.reportNext(t)
 			s.flush()
 		case <-ctx.Done():
-			return got, ctx.Err()
+			return got, context.Cause(ctx)
 		}
 	}
 }

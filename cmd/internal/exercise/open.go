@@ -22,8 +22,8 @@ type Options struct {
 	BackingDirs   []string // see image.OpenOptions
 }
 
-// image is what package image calls the options.
-func (o Options) image() image.OpenOptions {
+// openOptions are the options for package image.
+func (o Options) openOptions() image.OpenOptions {
 	return image.OpenOptions{
 		Format: o.Format, ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Scratch: o.Scratch,
 		Cache: o.Cache, BackingDirs: o.BackingDirs,
@@ -149,8 +149,7 @@ func (o Options) check() error {
 	return nil
 }
 
-// OpenFile opens the image that o describes for the commands that follow. What is
-// wrong it says itself.
+// OpenFile opens the image that o describes for the commands that follow.
 func (s *Session) OpenFile(o Options) error {
 	if s.disk != nil {
 		return errors.New("file open already, try 'help close'")

@@ -36,7 +36,7 @@ func (s *Session) mapDisk(ctx context.Context, _ []string) error {
 	}
 	for m, err := range s.disk.Map(0, s.disk.Size()) {
 		if err == nil {
-			err = ctx.Err()
+			err = context.Cause(ctx)
 		}
 		if err != nil {
 			return quotef("Failed to get allocation status: %w", err)

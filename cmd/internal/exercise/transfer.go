@@ -153,7 +153,7 @@ func (t *transfer) send(ctx context.Context, d Disk) error {
 // inPieces calls do for the pieces of the transfer, each in the beginning of buf.
 func (t *transfer) inPieces(ctx context.Context, buf []byte, do func(p []byte, done int64) error) error {
 	for done := int64(0); done < t.length; {
-		if err := ctx.Err(); err != nil {
+		if err := context.Cause(ctx); err != nil {
 			return err
 		}
 		p := buf[:min(t.length-done, int64(len(buf)))]
