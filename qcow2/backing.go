@@ -56,7 +56,7 @@ func (c *chain) enter(f *os.File, path string) error {
 		}
 	}
 	if len(c.files) == maxLayers {
-		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers), Mend: "merge some of its images with qemu-img commit"}
+		return &Error{Path: path, Kind: ErrUnsupported, What: fmt.Sprintf("the chain of backing files is longer than %d", maxLayers), Mend: "merge some of its images with calf image commit"}
 	}
 	c.files = append(c.files, fi)
 	c.dir = ""
@@ -68,7 +68,7 @@ func (c *chain) enter(f *os.File, path string) error {
 
 // rebaseHint tells how to name another backing file.
 func rebaseHint(path string) string {
-	return fmt.Sprintf("name another one with: qemu-img rebase -u -F FORMAT -b FILE %s (FORMAT is qcow2 or raw)", shellWord(path))
+	return fmt.Sprintf("name another one with: calf image rebase -f qcow2 -u -F FORMAT -b FILE %s (FORMAT is qcow2 or raw)", shellWord(path))
 }
 
 // openBacking opens name, the backing file that the image at path names, with
@@ -86,13 +86,13 @@ func checkBacking(path, name, format string, opts Options) error {
 	switch {
 	case opts.NoBacking:
 		refused.What = fmt.Sprintf("the image has the backing file %q, and backing files are not allowed here", name)
-		refused.Mend = fmt.Sprintf("make an image without one: qemu-img convert -O qcow2 %s NEW", shellWord(path))
+		refused.Mend = fmt.Sprintf("make an image without one: calf image convert -f qcow2 -O qcow2 %s NEW", shellWord(path))
 	case hasProtocol(name):
 		refused.What = fmt.Sprintf("the backing file %q is not the plain name of a file", name)
 		refused.Mend = rebaseHint(path)
 	case format == "":
 		refused.What = fmt.Sprintf("the image does not say which format its backing file %q has", name)
-		refused.Mend = fmt.Sprintf("say it with: qemu-img rebase -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", shellWord(name), shellWord(path))
+		refused.Mend = fmt.Sprintf("say it with: calf image rebase -f qcow2 -u -F FORMAT -b %s %s (FORMAT is qcow2 or raw)", shellWord(name), shellWord(path))
 	case format != "qcow2" && format != "raw":
 		return &Error{
 			Path: path, Kind: ErrUnsupported,

@@ -102,7 +102,7 @@ func TestBackingFormat(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for format, says := range map[string]string{"": "qemu-img rebase -u -F FORMAT -b base", "vmdk!": `"vmdk!"`} {
+	for format, says := range map[string]string{"": "calf image rebase -f qcow2 -u -F FORMAT -b base", "vmdk!": `"vmdk!"`} {
 		b := append([]byte(nil), good...)
 		ext := appendExtension(nil, extBackingFormat, []byte("qcow2"))
 		changed := appendExtension(nil, extBackingFormat, []byte("vmdk!"))

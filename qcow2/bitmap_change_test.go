@@ -474,7 +474,7 @@ func TestBitmapRefused(t *testing.T) {
 		{good, func(m *Image) error { return m.RemoveBitmap(ctx, "x") }, ErrNoBitmap, `"x"`},
 		{good, func(m *Image) error { return m.ClearBitmap(ctx, "x") }, ErrNoBitmap, `"x"`},
 		{good, func(m *Image) error { return m.MergeBitmap(ctx, "a", m, "x") }, ErrNoBitmap, `"x"`},
-		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.ClearBitmap(ctx, "a") }, ErrBitmapInUse, "calf image bitmap --remove"},
+		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.ClearBitmap(ctx, "a") }, ErrBitmapInUse, "calf image bitmap -f qcow2 --remove"},
 		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.EnableBitmap(ctx, "a") }, ErrBitmapInUse, ""},
 		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.DisableBitmap(ctx, "a") }, ErrBitmapInUse, ""},
 		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.MergeBitmap(ctx, "a", m, "b") }, ErrBitmapInUse, ""},

@@ -98,7 +98,7 @@ func (c *bitmapChange) findRoom(d bitmapDirectory) (*headerRoom, error) {
 	end := room.at + extensionHead + bitmapExtension + extensionHead
 	full := &Error{
 		Kind: ErrUnsupported, What: "the header has no room for persistent bitmaps",
-		Mend: "make an image with larger clusters: calf image convert -O qcow2 " + shellWord(c.m.path) + " NEW",
+		Mend: "make an image with larger clusters: calf image convert -f qcow2 -O qcow2 " + shellWord(c.m.path) + " NEW",
 	}
 	switch {
 	case d.n == 0 || len(c.ext.bitmaps) == bitmapExtension:

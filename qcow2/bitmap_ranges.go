@@ -192,7 +192,7 @@ func (m *Image) checkBitmapUse(row bitmapRow) error {
 	case row.inUse():
 		return &Error{
 			Kind: ErrBitmapInUse, What: fmt.Sprintf("the persistent bitmap %q has not followed the disk and cannot be used", row.name()),
-			Mend: "to remove it, run: calf image bitmap --remove " + shellWord(m.path) + " " + shellWord(row.name()),
+			Mend: "to remove it, run: calf image bitmap -f qcow2 --remove " + shellWord(m.path) + " " + shellWord(row.name()),
 		}
 	case row[16] != bitmapDirty || row.flags()&^knownBitmapFlags != 0 || row.extra() > 0 && row.flags()&bitmapExtra == 0:
 		return &Error{Kind: ErrUnsupported, What: fmt.Sprintf("the persistent bitmap %q is of an unknown kind", row.name())}

@@ -11,7 +11,7 @@ func (m *Image) checkBitmapSizes(size int64) error {
 	if size == 0 {
 		return &Error{
 			Kind: ErrUnsupported, What: "a disk of no bytes can have no persistent bitmaps",
-			Mend: "remove each of them with: calf image bitmap --remove " + shellWord(m.path) + " NAME",
+			Mend: "remove each of them with: calf image bitmap -f qcow2 --remove " + shellWord(m.path) + " NAME",
 		}
 	}
 	l, err := m.readBitmaps()

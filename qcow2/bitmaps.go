@@ -241,7 +241,7 @@ func (m *Image) loadBitmaps(h *header, ext []byte, fileSize int64) error {
 		if uint64(entries) > left {
 			return &Error{
 				Kind: ErrUnsupported, What: fmt.Sprintf("the persistent bitmaps have more than %d parts", maxBitmapEntries),
-				Mend: "remove those that nobody needs with: qemu-img bitmap --remove " + shellWord(m.path) + " NAME",
+				Mend: "remove those that nobody needs with: calf image bitmap -f qcow2 --remove " + shellWord(m.path) + " NAME",
 			}
 		}
 		left -= uint64(entries)

@@ -115,7 +115,7 @@ var corruptions = []corruption{
 	{name: "080 header length 7f", patches: one(100, 4, 0x7fffffff), opens: "header length"},
 	{name: "header length short", patches: one(100, 4, 96), opens: "header length"},
 	{name: "dirty", patches: one(72, 8, 1)},
-	{name: "corrupt", patches: one(72, 8, 2), writes: "calf image check -r all"},
+	{name: "corrupt", patches: one(72, 8, 2), writes: "calf image check -f qcow2 -r all"},
 
 	// First-level tables.
 	{name: "060 L1 entry at its table", patches: one(atL1, 8, 0x8000000000030000), writes: "claimed by two", read: ""},
@@ -328,7 +328,7 @@ func (c *corruption) use(h *hostileRun, says string, use func(m *Image) error) {
 		return
 	}
 	if err := h.open(Options{}); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "marked corrupt") ||
-		!strings.Contains(err.Error(), "calf image check -r all") {
+		!strings.Contains(err.Error(), "calf image check -f qcow2 -r all") {
 		t.Errorf("opening it for writing again: %v", err)
 	}
 	if err := h.open(Options{ReadOnly: true}); err != nil {

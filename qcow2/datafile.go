@@ -20,7 +20,7 @@ func (m *Image) openData(h *header, name string, opts Options, c *chain) error {
 	case !opts.DataFile:
 		return &Error{
 			Kind: ErrBackingRefused, What: fmt.Sprintf("the image has the external data file %s, and data files are not allowed here", shown(name)),
-			Mend: "allow it with data_file = \"allow\" if the image is yours, or make one without: qemu-img convert -O qcow2 FILE NEW",
+			Mend: "allow it with data_file = \"allow\" if the image is yours, or make one without: calf image convert -f qcow2 -O qcow2 FILE NEW",
 		}
 	case hasProtocol(name):
 		return &Error{Kind: ErrBackingRefused, What: fmt.Sprintf("the external data file %q is not the plain name of a file", name)}

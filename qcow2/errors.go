@@ -115,7 +115,7 @@ func inFile(path string, err error) error {
 }
 
 func repairHint(path string) string {
-	return "to mend it, run: calf image check -r all " + shellWord(path)
+	return "to mend it, run: calf image check -f qcow2 -r all " + shellWord(path)
 }
 
 // shellWord is name as one word of a shell command that a user may copy. Names

@@ -44,7 +44,7 @@ func TestHostileName(t *testing.T) {
 		_, err := Open(path, Options{})
 		check(err)
 		_, err = Open(path, Options{NoBacking: true})
-		if s := check(err); !strings.Contains(s, "qemu-img convert -O qcow2 "+path+" NEW") {
+		if s := check(err); !strings.Contains(s, "calf image convert -f qcow2 -O qcow2 "+path+" NEW") {
 			t.Errorf("name %q: no mend in %s", name, s)
 		}
 		b, err := os.ReadFile(path)

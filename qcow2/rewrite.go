@@ -154,7 +154,7 @@ func (w *rewrite) reserve(n uint64) (extent, error) {
 	if n > w.m.refs.longestRun() {
 		return extent{}, &Error{
 			Kind: ErrUnsupported, What: fmt.Sprintf("a table of %d clusters does not fit between the reference counts", n),
-			Mend: "make an image with larger clusters: qemu-img convert -O qcow2 " + shellWord(w.m.path) + " NEW",
+			Mend: "make an image with larger clusters: calf image convert -f qcow2 -O qcow2 " + shellWord(w.m.path) + " NEW",
 		}
 	}
 	e, err := w.takeFree(n, func(p *pool) extent { return p.takeRun(n) })

@@ -75,7 +75,7 @@ func (w *rewrite) refer(c uint64, delta int) error {
 func (m *Image) errNarrow() error {
 	return &Error{
 		Kind: ErrUnsupported, What: fmt.Sprintf("reference counts of %d bits are too narrow for another internal snapshot", 1<<m.refcountOrder),
-		Mend: "delete one, or make an image with wider counts: qemu-img convert -O qcow2 " + shellWord(m.path) + " NEW",
+		Mend: "delete one, or make an image with wider counts: calf image convert -f qcow2 -O qcow2 " + shellWord(m.path) + " NEW",
 	}
 }
 
