@@ -106,11 +106,13 @@ func imageError(err error) error {
 // formatFlag defines -f.
 func formatFlag(cmd *cobra.Command, format *string) {
 	cmd.Flags().StringVarP(format, "format", "f", "", "format of the image: qcow2 or raw")
+	completeFlag(cmd, "format", image.QCOW2, image.Raw)
 }
 
 // outputFlag defines --output.
 func outputFlag(cmd *cobra.Command, output *string) {
 	cmd.Flags().StringVar(output, "output", "human", "form of the result: human or json")
+	completeFlag(cmd, "output", "human", "json")
 }
 
 // inJSON reads the value of --output.

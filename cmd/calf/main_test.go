@@ -5,8 +5,11 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/spf13/cobra"
 
 	"github.com/calfvm/calf/cmd/internal/console"
 )
@@ -114,31 +117,21 @@ func refused(t *testing.T, lines, code int, stdout, stderr string, parts ...stri
 }
 
 func TestHelpHasAnExampleForEachCommand(t *testing.T) {
-	for _, args := range [][]string{
-		{},
-		{"run"},
-		{"config"},
-		{"config", "check"},
-		{"config", "show"},
-		{"config", "schema"},
-		{"version"},
-		{"image"},
-		{"image", "check"},
-		{"image", "compare"},
-		{"image", "create"},
-		{"image", "info"},
-		{"image", "map"},
-		{"image", "measure"},
-		{"image", "resize"},
-		{"image", "snapshot"},
-	} {
+	var walk func(cmd *cobra.Command, args []string)
+	walk = func(cmd *cobra.Command, args []string) {
 		for _, help := range []string{"-h", "--help"} {
 			out := mustCalf(t, append(args, help)...)
-			if !strings.Contains(out, "Examples:\n  calf") {
+			if !strings.Contains(out, "Examples:\n  ") || !strings.Contains(out, "calf "+strings.Join(args, " ")) {
 				t.Errorf("calf %v %s has no example:\n%s", args, help, out)
 			}
 		}
+		for _, sub := range cmd.Commands() {
+			if !sub.Hidden {
+				walk(sub, append(slices.Clone(args), sub.Name()))
+			}
+		}
 	}
+	walk(program{}.root(), nil)
 	code, stdout, stderr := calf(t, "doctor")
 	refused(t, 1, code, stdout, stderr, `unknown command "doctor"`)
 }
@@ -151,6 +144,7 @@ func TestCompletion(t *testing.T) {
 	}
 	for args, want := range map[string]string{
 		"run --console ": "pty", "run --log-level ": "debug", "run ": "qcow2", "config ": "schema", "run --no-": "--no-reboot",
+		"image ": "compare", "image info --output ": "json", "image check -f ": "qcow2",
 	} {
 		_, out, _ := calf(t, append([]string{"__complete"}, strings.Split(args, " ")...)...)
 		if !strings.Contains(out, want) {

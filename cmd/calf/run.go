@@ -109,9 +109,14 @@ func (f *runFlags) define(cmd *cobra.Command) {
 		"log-level": {"debug", "info", "warn", "error"},
 	}
 	for name, words := range complete {
-		if err := cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)); err != nil {
-			panic("BUG: " + err.Error())
-		}
+		completeFlag(cmd, name, words...)
+	}
+}
+
+// completeFlag lets the shell offer words as the values of a flag.
+func completeFlag(cmd *cobra.Command, name string, words ...string) {
+	if err := cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic("BUG: " + err.Error())
 	}
 }
 
