@@ -110,7 +110,7 @@ func TestImageIORefusals(t *testing.T) {
 		"--version":       {"-V"},
 		"mode native":     {"-i", "native", "a.qcow2"},
 		"mode io_uring":   {"--aio", "io_uring", "a.qcow2"},
-		"l2-cache-size":   {"--image-opts", "driver=qcow2,file.filename=a.qcow2,l2-cache-size=1M"},
+		"overlap-check":   {"--image-opts", "driver=qcow2,file.filename=a.qcow2,overlap-check=all"},
 		`"nbd" for file`:  {"--image-opts", "driver=qcow2,file.driver=nbd,file.filename=a.qcow2"},
 		"lazy-refcounts":  {"a.qcow2", "-c", "reopen -o lazy-refcounts=on"},
 		"-b is not supp":  {"a.qcow2", "-c", "read -b 0 512"},

@@ -77,7 +77,7 @@ var commandsToCompare = []string{
 	"close; open -r -C a.qcow2", "close; open -o discard=x a.qcow2",
 	"reopen", "reopen -r; write 0 1; reopen; write 0 1; reopen -w; write 0 1", "reopen -rw; write 0 1", "reopen -r -r", "reopen -c x", "reopen -c none; write 3 3; read 0 7", "reopen -c unsafe; write 0 1",
 	"reopen -o x=y; length", "reopen -o discard=ignore; write -P 5 0 64k; discard 0 64k; read -P 5 0 64k; reopen -o discard=unmap; discard 0 64k; read -P 0 0 64k",
-	"reopen -r -o read-only=on", "reopen -o cache.direct=on; write 1 1", "reopen -c none -o cache.direct=on", "reopen -o driver=raw", "reopen -o file.filename=x; length", "reopen -c writethrough; write 0 1",
+	"reopen -r -o read-only=on", "reopen -o cache.direct=on; write 1 1", "reopen -c none -o cache.direct=on", "reopen -o driver=raw", "reopen -o file.filename=x; length", "reopen -c writethrough; write 0 1", "reopen -o l2-cache-size=64k; read 1M 1; write 2M 1", "close; open -o driver=qcow2,l2-cache-size=1M a.qcow2; length",
 	// The rest.
 	"sleep 1", "sleep x", "sleep -1", "sleep 1x", "sleep 0x1", "sleep 1.5", "sleep 010", "sigraise x", "sigraise 66", "sigraise 64k", "sigraise -1", "sigraise 0", "sigraise 17", "sigraise 65", "sigraise 0x11", "sigraise 13",
 	"break a b", "resume a", "remove_break a", "help foo", "help quit", "help help", "help length", "help alloc", "help map", "? a", "help", "quit", "quit; length", "q x y z; length", "foo; quit; length", "write -b 1 512", "read -b 0 1",

@@ -46,7 +46,7 @@ const (
  -d   what discards do: unmap or ignore
  -i   threads; -k is not supported
  -o   options: driver, file.filename, read-only, force-share, cache.direct,
-      cache.no-flush, discard
+      cache.no-flush, discard, l2-cache-size
 `
 	helpReopen = ` -r   for reading only
  -w   for writing, too

@@ -20,13 +20,14 @@ type Options struct {
 	KeepDiscarded bool // discards do nothing
 	Cache         string
 	BackingDirs   []string // see image.OpenOptions
+	L2CacheBytes  int64
 }
 
 // openOptions are the options for package image.
 func (o Options) openOptions() image.OpenOptions {
 	return image.OpenOptions{
 		Format: o.Format, ReadOnly: o.ReadOnly, ForceShare: o.ForceShare, Scratch: o.Scratch,
-		Cache: o.Cache, BackingDirs: o.BackingDirs,
+		Cache: o.Cache, BackingDirs: o.BackingDirs, L2CacheBytes: o.L2CacheBytes,
 	}
 }
 
@@ -99,8 +100,10 @@ func (o *Options) SetList(list string) error {
 			err = setSwitch(&unsafe, value)
 		case "discard":
 			err = o.SetDiscard(value)
+		case "l2-cache-size":
+			o.L2CacheBytes, err = image.ParseSize(value)
 		default:
-			err = fmt.Errorf("the option %q is not supported: there are driver, file.driver, file.filename, read-only, force-share, cache.direct, cache.no-flush and discard", key)
+			err = fmt.Errorf("the option %q is not supported: there are driver, file.driver, file.filename, read-only, force-share, cache.direct, cache.no-flush, discard and l2-cache-size", key)
 		}
 		if err != nil {
 			return err
@@ -282,7 +285,7 @@ func (s *Session) change(o Options) error {
 	}
 	old := s.options
 	if old.Scratch {
-		if o.Cache != old.Cache || o.KeepDiscarded != old.KeepDiscarded {
+		if o.Cache != old.Cache || o.KeepDiscarded != old.KeepDiscarded || o.L2CacheBytes != old.L2CacheBytes {
 			return errors.New("a throw-away overlay can only become read-only and back")
 		}
 		s.options = o
