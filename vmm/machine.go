@@ -1,6 +1,7 @@
 package vmm
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -162,6 +163,14 @@ func (m *Machine) payload() (Payload, error) {
 			return Payload{}, fmt.Errorf("%w: initrd: %w", ErrConfig, err)
 		}
 		p.Initrd = &initrd
+	}
+	if more := m.cfg.AppendInitrd; more != nil {
+		files := []boot.File{{ReaderAt: bytes.NewReader(more), Size: int64(len(more))}}
+		if p.Initrd != nil {
+			files = append([]boot.File{*p.Initrd}, files...)
+		}
+		all := boot.Join(files...)
+		p.Initrd = &all
 	}
 	return p, nil
 }

@@ -51,6 +51,9 @@ type Config struct {
 	Kernel string
 	// Initrd is the path of an initial RAM disk, or empty.
 	Initrd string
+	// AppendInitrd follows the initial RAM disk, or is the only one: the kernel
+	// unpacks both.
+	AppendInitrd []byte
 	// Cmdline is appended to the machine's own kernel command line.
 	Cmdline string
 	// Boot says what to boot where Kernel is empty. New calls it, and Run calls it

@@ -83,43 +83,12 @@ func (f *Found) Initrd() *boot.File {
 	if len(f.Initrds) == 0 {
 		return nil
 	}
-	var all joined
-	for _, r := range f.Initrds {
-		all.files = append(all.files, r)
-		all.size += (r.Size + 3) &^ 3
+	files := make([]boot.File, len(f.Initrds))
+	for i, r := range f.Initrds {
+		files[i] = boot.File{ReaderAt: r, Size: r.Size}
 	}
-	return &boot.File{ReaderAt: &all, Size: all.size}
-}
-
-// joined is files one after another, each filled with zeros to a multiple of four
-// bytes.
-type joined struct {
-	files []*File
-	size  int64
-}
-
-func (j *joined) ReadAt(p []byte, off int64) (int, error) {
-	done := 0
-	for _, f := range j.files {
-		room := (f.Size + 3) &^ 3
-		if off >= room {
-			off -= room
-			continue
-		}
-		part := p[done:min(int64(len(p)), int64(done)+room-off)]
-		clear(part)
-		if off < f.Size {
-			data := part[:min(int64(len(part)), f.Size-off)]
-			if n, err := f.ReadAt(data, off); n < len(data) {
-				return done + n, fmt.Errorf("%v: %w", f, err)
-			}
-		}
-		done, off = done+len(part), 0
-		if done == len(p) {
-			return done, nil
-		}
-	}
-	return done, io.EOF
+	all := boot.Join(files...)
+	return &all
 }
 
 // entry is one choice of a boot loader: files of volumes, and arguments.
