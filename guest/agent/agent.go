@@ -1,0 +1,369 @@
+// Package agent is the host's side of the agent in a guest (package pid1): it puts
+// the agent into an initramfs, tells it what to run, and carries the command's input
+// and output, its signals and its files.
+//
+// It knows streams only. That they go through the guest's socket device is up to the
+// caller, who has Session.Serve called for each connection that the guest opens to
+// Port.
+//
+// A guest is not trusted: what it says is bounded, each of its streams is taken once,
+// and what it sends as files stays where it is to go.
+package agent
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/calfvm/calf/guest/agent/internal/archive"
+	"github.com/calfvm/calf/guest/agent/internal/wire"
+)
+
+// Port is the port of the host to which the agent connects.
+const Port = wire.Port
+
+// ErrNoStatus means that the guest has ended, or has broken the connection, before
+// it said how the command ended.
+var ErrNoStatus = errors.New("the guest ended without a status of the command")
+
+// Conn is a connection that the guest has opened.
+type Conn interface {
+	io.ReadWriteCloser
+	// Accept lets the guest use it.
+	Accept()
+	// CloseWrite ends the direction to the guest.
+	CloseWrite() error
+}
+
+// Size is the size of a terminal, in characters.
+type Size struct{ Rows, Cols uint16 }
+
+// Transfer is a file or tree to be copied.
+type Transfer struct{ From, To string }
+
+// Command is what is run in the guest.
+type Command struct {
+	// Args are the command and its arguments. Without any, the init of the image
+	// runs.
+	Args []string
+	// Env are variables as NAME=VALUE, over those that a login sets.
+	Env []string
+	// Workdir is where it runs, "/" if it is empty; User as whom, by name or
+	// number, and :GROUP if need be, root if it is empty.
+	Workdir, User string
+	// Terminal, if not nil, gives it a terminal of this size.
+	Terminal *Size
+	Hostname string
+	// Keep says that the guest's root is kept.
+	Keep bool
+	// Copies go to the guest before the command runs, Artifacts to the host after
+	// it. A tree becomes the directory To; a file becomes the file To, or goes into
+	// it if it is a directory or ends in a slash.
+	Copies, Artifacts []Transfer
+}
+
+// Streams are the host's ends of a command's. Err is not used with a terminal.
+type Streams struct {
+	In       io.Reader
+	Out, Err io.Writer
+}
+
+// Result is how a command ended.
+type Result struct {
+	// Code is its exit status, or 128 and the number of the signal that ended it,
+	// which is Signal then.
+	Code, Signal int
+	// Ran says that it was started. If it was not, Problem says why, and Code is
+	// 126 or 127.
+	Ran     bool
+	Problem string
+	// Lost are artifacts that could not be had, and why.
+	Lost []string
+	// Kernel is the release of the guest's kernel.
+	Kernel string
+}
+
+// Session is the run of one command. Its methods are safe for concurrent use.
+type Session struct {
+	command Command
+	streams Streams
+
+	out, err *stream // from the guest
+	control  chan Conn
+	started  chan struct{} // closed when the command runs
+	over     chan struct{} // closed when Run returns
+
+	mu        sync.Mutex
+	taken     map[wire.Opening]bool // guarded by mu
+	conn      Conn                  // guarded by mu; of control messages, nil before they can be sent
+	size      *Size                 // guarded by mu; that the guest has not been told
+	lost      []string              // guarded by mu
+	transfers sync.WaitGroup
+}
+
+// stream is a stream from the guest; done is closed at its end.
+type stream struct {
+	to   io.Writer
+	done chan struct{}
+}
+
+// NewSession returns the run of a command.
+func NewSession(c Command, s Streams) *Session {
+	return &Session{
+		command: c, streams: s,
+		out: &stream{s.Out, make(chan struct{})}, err: &stream{s.Err, make(chan struct{})},
+		control: make(chan Conn, 1), started: make(chan struct{}), over: make(chan struct{}),
+		taken: map[wire.Opening]bool{},
+	}
+}
+
+// Started is closed when the command runs.
+func (s *Session) Started() <-chan struct{} { return s.started }
+
+// maxIdle bounds the wait for the first line on a connection.
+const maxIdle = 10 * time.Second
+
+// Serve takes a connection of the guest to Port, and returns when it is of no more
+// use.
+func (s *Session) Serve(c Conn) {
+	c.Accept()
+	late := time.AfterFunc(maxIdle, func() { _ = c.Close() })
+	r := bufio.NewReaderSize(c, wire.MaxLine)
+	var o wire.Opening
+	err := wire.Read(r, &o)
+	if !late.Stop() || err != nil || !s.take(o) {
+		_ = c.Close()
+		return
+	}
+	in := &opened{Conn: c, r: r}
+	switch o.Stream {
+	case wire.Control:
+		s.control <- in
+		<-s.over
+	case wire.Stdin:
+		s.feed(c)
+	case wire.Stdout:
+		s.out.drain(in)
+	case wire.Stderr:
+		s.err.drain(in)
+	case wire.Copy:
+		s.pack(c, s.command.Copies[o.Index])
+	case wire.Artifact:
+		s.unpack(in, s.command.Artifacts[o.Index])
+	}
+	_ = c.Close()
+}
+
+// opened is a connection whose first line has been read.
+type opened struct {
+	Conn
+	r *bufio.Reader
+}
+
+func (c *opened) Read(p []byte) (int, error) { return c.r.Read(p) }
+
+// take reports whether the guest may open the stream, which it may once.
+func (s *Session) take(o wire.Opening) bool {
+	limit := 1
+	switch o.Stream {
+	case wire.Control, wire.Stdin, wire.Stdout, wire.Stderr:
+	case wire.Copy:
+		limit = len(s.command.Copies)
+	case wire.Artifact:
+		limit = len(s.command.Artifacts)
+	default:
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if o.Index < 0 || o.Index >= limit || s.taken[o] {
+		return false
+	}
+	s.taken[o] = true
+	if o.Stream == wire.Artifact {
+		s.transfers.Add(1) // before the guest says that it is done
+	}
+	return true
+}
+
+// feed gives the guest the input, in a goroutine that ends with it: nobody can end
+// a Read of it.
+func (s *Session) feed(c Conn) {
+	if s.streams.In != nil {
+		_, _ = io.Copy(c, s.streams.In) // what the guest does not read, it does not want
+	}
+	_ = c.CloseWrite()
+	_, _ = c.Read(make([]byte, 1)) // until the guest is done with it
+}
+
+// drain takes output of the guest. If the host's end takes no more, the guest is
+// told so, as by a pipe that nobody reads.
+func (st *stream) drain(c Conn) {
+	_, _ = io.Copy(st.to, c)
+	close(st.done)
+}
+
+// pack sends files to the guest. What goes wrong breaks the archive, which the
+// guest notices.
+func (s *Session) pack(c Conn, t Transfer) {
+	if err := archive.Pack(c, t.From); err != nil {
+		s.lose(fmt.Errorf("copying %s to the guest: %w", t.From, err))
+		return
+	}
+	_ = c.CloseWrite()
+	_, _ = c.Read(make([]byte, 1)) // until the guest has it
+}
+
+// unpack takes files of the guest.
+func (s *Session) unpack(c Conn, t Transfer) {
+	defer s.transfers.Done()
+	if err := archive.Unpack(c, t.To, archive.Options{}); err != nil {
+		s.lose(fmt.Errorf("artifact %s to %s: %w", t.From, t.To, err))
+		return
+	}
+	_, _ = io.Copy(io.Discard, c) // what pads the archive
+}
+
+func (s *Session) lose(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lost = append(s.lost, err.Error())
+}
+
+// Run, which is called once, waits for the guest, has it run the command, and returns how that ended, with
+// everything that it has written. It ends early with the cause of ctx, which is to be
+// done when the guest has ended.
+func (s *Session) Run(ctx context.Context) (*Result, error) {
+	defer close(s.over)
+	var c Conn
+	select {
+	case c = <-s.control:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	r, err := s.talk(c)
+	switch {
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", ErrNoStatus, err)
+	}
+	return r, s.finish(ctx, r)
+}
+
+// talk is the exchange of messages.
+func (s *Session) talk(c Conn) (*Result, error) {
+	in := c.(*opened).r
+	result := &Result{}
+	for {
+		var m wire.ToHost
+		if err := wire.Read(in, &m); err != nil {
+			return nil, err
+		}
+		switch {
+		case m.Hello != nil:
+			result.Kernel = m.Hello.Kernel
+			if err := s.begin(c); err != nil {
+				return nil, err
+			}
+			if len(s.command.Args) == 0 {
+				return result, nil
+			}
+		case m.Started && !result.Ran:
+			result.Ran = true
+			close(s.started)
+		case m.Problem != nil && m.Problem.Kind == wire.ArtifactLost:
+			s.lose(errors.New(m.Problem.Text))
+		case m.Problem != nil:
+			result.Problem = m.Problem.Text
+		case m.Exit != nil:
+			result.Code, result.Signal = m.Exit.Code&0xff, m.Exit.Signal
+			return result, nil
+		}
+	}
+}
+
+// begin tells the guest what to run, and what has been said to it before that.
+func (s *Session) begin(c Conn) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	start := &wire.Start{
+		Args: s.command.Args, Env: s.command.Env, Workdir: s.command.Workdir, User: s.command.User,
+		Hostname: s.command.Hostname, Keep: s.command.Keep, Time: time.Now().UnixNano(),
+	}
+	size := s.command.Terminal
+	if s.size != nil {
+		size, s.size = s.size, nil
+	}
+	if s.command.Terminal != nil {
+		start.Terminal = &wire.Size{Rows: size.Rows, Cols: size.Cols}
+	}
+	for _, t := range s.command.Copies {
+		start.Copies = append(start.Copies, t.To)
+	}
+	for _, t := range s.command.Artifacts {
+		start.Artifacts = append(start.Artifacts, t.From)
+	}
+	s.conn = c
+	return wire.Write(c, wire.ToGuest{Start: start})
+}
+
+// finish waits for what the command has written, and for its files.
+func (s *Session) finish(ctx context.Context, r *Result) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if r.Ran {
+			<-s.out.done
+		}
+		if r.Ran && s.command.Terminal == nil {
+			<-s.err.done
+		}
+		s.transfers.Wait()
+	}()
+	select {
+	case <-done:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r.Lost = s.lost
+	return nil
+}
+
+// Signal sends the command a signal, by its number. It reports false if there is
+// nobody to tell yet.
+func (s *Session) Signal(number int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.conn != nil && wire.Write(s.conn, wire.ToGuest{Signal: number}) == nil
+}
+
+// Resize tells the command that its terminal has another size.
+func (s *Session) Resize(size Size) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conn == nil {
+		s.size = &size
+		return
+	}
+	_ = wire.Write(s.conn, wire.ToGuest{Size: &wire.Size{Rows: size.Rows, Cols: size.Cols}}) // the guest's loss
+}
+
+// CheckCopies reports what cannot be copied, before a guest runs.
+func CheckCopies(copies []Transfer) error {
+	for _, t := range copies {
+		if _, err := os.Stat(t.From); err != nil {
+			return fmt.Errorf("copy: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,84 @@
+package agent
+
+import (
+	"bytes"
+	"debug/elf"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/u-root/u-root/pkg/cpio"
+
+	"github.com/calfvm/calf/guest/agent/pid1"
+)
+
+// maxProgram bounds the size of a program that becomes an agent.
+const maxProgram = 64 << 20
+
+// Initramfs returns an initramfs whose /.calf/init is the program at path: a static
+// one, that calls pid1.Main. It is to follow that of the image, if there is one: the
+// kernel unpacks both. With Cmdline, the kernel runs it as its first process.
+func Initramfs(path string) ([]byte, error) {
+	program, err := readProgram(path)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	w := cpio.Newc.Writer(&b)
+	records := []cpio.Record{
+		cpio.Directory(pid1.Dir, 0o700),
+		cpio.StaticFile(pid1.Program, string(program), 0o700),
+	}
+	if err := cpio.WriteRecords(w, records); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), cpio.WriteTrailer(w)
+}
+
+// readProgram reads the program at path, which may be one that has been replaced
+// since it was started, by way of /proc.
+func readProgram(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxProgram+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > maxProgram {
+		return nil, fmt.Errorf("%s is larger than %d MiB, too large for an agent", path, maxProgram>>20)
+	}
+	program, err := elf.NewFile(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	for _, p := range program.Progs {
+		if p.Type == elf.PT_INTERP {
+			return nil, fmt.Errorf("%s needs shared libraries, which the guest may not have: build it with CGO_ENABLED=0", path)
+		}
+	}
+	return b, nil
+}
+
+// Cmdline is what the kernel needs to be told to run the agent. readOnly says that the
+// disk of its root cannot be written.
+func Cmdline(readOnly bool) string {
+	s := "rdinit=/" + pid1.Program
+	if readOnly {
+		s += " " + pid1.ArgReadOnly
+	}
+	return s
+}
+
+// RootArgs tell the agent that its root is on the device, such as /dev/vda1, with a
+// file system of the given kind, which may be empty. Without them it goes by root= and
+// rootfstype=.
+func RootArgs(device, kind string) string {
+	s := pid1.ArgRoot + device
+	if kind != "" {
+		s += " " + pid1.ArgKind + kind
+	}
+	return s
+}

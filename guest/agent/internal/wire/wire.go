@@ -1,0 +1,132 @@
+// Package wire is what the agent in a guest and the program on the host that has
+// started the guest say to each other, over stream connections of the guest's
+// socket device.
+//
+// The guest opens all connections, to Port of the host. The first line of each is an
+// Opening, which says what the connection is for. The one called Control carries
+// messages, a line of JSON each: the guest begins with a Hello, the host answers with
+// a Start, and at the end the guest sends an Exit and waits for the end of the
+// connection. All others carry bytes.
+package wire
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+)
+
+// Port is the port of the host on which it waits for its guest's agent.
+const Port = 1000
+
+// What connections are for.
+const (
+	Control  = "control"
+	Stdin    = "stdin"
+	Stdout   = "stdout" // of a terminal: what comes out of it
+	Stderr   = "stderr"
+	Copy     = "copy"     // a tar archive from the host, which Opening.Index numbers
+	Artifact = "artifact" // one to the host, likewise
+)
+
+// Opening is the first line on a connection.
+type Opening struct {
+	Stream string `json:"stream"`
+	Index  int    `json:"index,omitempty"`
+}
+
+// ToHost is a message of the guest. One field is set.
+type ToHost struct {
+	Hello *Hello `json:"hello,omitempty"`
+	// Started says that the command runs.
+	Started bool  `json:"started,omitempty"`
+	Exit    *Exit `json:"exit,omitempty"`
+	// Problem is why a command could not be run, or what went wrong beside it.
+	Problem *Problem `json:"problem,omitempty"`
+}
+
+// Hello says that the guest is up, with its root in place.
+type Hello struct {
+	Kernel string `json:"kernel"` // its release
+}
+
+// Exit is how the command ended.
+type Exit struct {
+	Code   int `json:"code"`
+	Signal int `json:"signal,omitempty"` // the number of the one that ended it, or 0
+}
+
+// Problem is what went wrong in the guest.
+type Problem struct {
+	// Kind is one of the constants below.
+	Kind string `json:"kind"`
+	Text string `json:"text"`
+}
+
+// Kinds of problems.
+const (
+	NotFound      = "not-found"      // there is no such command
+	NotExecutable = "not-executable" // the command cannot be executed
+	Setup         = "setup"          // the user, the directory or a file cannot be had
+	ArtifactLost  = "artifact"       // an artifact could not be read
+)
+
+// ToGuest is a message of the host. One field is set.
+type ToGuest struct {
+	Start  *Start `json:"start,omitempty"`
+	Signal int    `json:"signal,omitempty"` // for the command
+	Size   *Size  `json:"size,omitempty"`   // of the terminal, anew
+}
+
+// Size is that of a terminal, in characters.
+type Size struct {
+	Rows uint16 `json:"rows"`
+	Cols uint16 `json:"cols"`
+}
+
+// Start is what the guest is to run.
+type Start struct {
+	// Args are the command and its arguments. Without any, the init of the image
+	// takes over, and nothing more is said.
+	Args    []string `json:"args"`
+	Env     []string `json:"env,omitempty"` // NAME=VALUE, over what a login sets
+	Workdir string   `json:"workdir,omitempty"`
+	User    string   `json:"user,omitempty"` // name or number, with :GROUP if need be
+	// Terminal makes one for the command, of this size; Stdin and Stdout lead to
+	// it, and there is no Stderr.
+	Terminal *Size `json:"terminal,omitempty"`
+	// Time is the host's, in nanoseconds since 1970.
+	Time     int64  `json:"time"`
+	Hostname string `json:"hostname,omitempty"`
+	// Keep says that the root is kept: it is written back before the end.
+	Keep bool `json:"keep,omitempty"`
+	// Copies are the paths that archives are unpacked to before the command runs,
+	// Artifacts those that are packed after it.
+	Copies    []string `json:"copies,omitempty"`
+	Artifacts []string `json:"artifacts,omitempty"`
+}
+
+// MaxLine bounds what the host reads as a line of a guest.
+const MaxLine = 64 << 10
+
+// Write writes v as a line.
+func Write(w io.Writer, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = w.Write(append(b, '\n'))
+	return err
+}
+
+// Read reads a line of at most the size of r's buffer into v.
+func Read(r *bufio.Reader, v any) error {
+	line, err := r.ReadSlice('\n')
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(line, v); err != nil {
+		return fmt.Errorf("a line that cannot be understood: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,321 @@
+package pid1
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/creack/pty"
+	"golang.org/x/sys/unix"
+
+	"github.com/calfvm/calf/guest/agent/internal/wire"
+)
+
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Exit codes of a command that does not run, which are those of a shell.
+const (
+	exitNotExecutable = 126
+	exitNotFound      = 127
+)
+
+// command is a command under way.
+type command struct {
+	host    *host
+	start   *wire.Start
+	pid     int
+	tty     *os.File       // the agent's side of the command's terminal, or nil
+	ours    []*os.File     // the command's ends of its streams
+	streams sync.WaitGroup // that carry what it says
+}
+
+// runCommand runs the command that start names, to its end and to that of all that
+// it has left running.
+func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
+	c := &command{host: h, start: start}
+	if err := c.copyIn(); err != nil {
+		h.problem(wire.Setup, err)
+		return wire.Exit{Code: exitNotExecutable}
+	}
+	if kind, err := c.begin(); err != nil {
+		h.problem(kind, err)
+		c.streams.Wait()
+		if kind == wire.NotFound {
+			return wire.Exit{Code: exitNotFound}
+		}
+		return wire.Exit{Code: exitNotExecutable}
+	}
+	if err := h.send(wire.ToHost{Started: true}); err != nil {
+		_ = unix.Kill(-1, unix.SIGKILL)
+	}
+	go c.listen(r)
+	status := reapUntil(c.pid)
+	_ = unix.Kill(-1, unix.SIGKILL) // whoever it has left, so that its streams end
+	c.streams.Wait()
+	c.copyOut()
+	if status.Signaled() {
+		return wire.Exit{Code: 128 + int(status.Signal()), Signal: int(status.Signal())}
+	}
+	return wire.Exit{Code: status.ExitStatus()}
+}
+
+// begin starts the command. The kind of an error is one of wire's.
+func (c *command) begin() (kind string, err error) {
+	who, err := lookUp(c.start.User)
+	if err != nil {
+		return wire.Setup, err
+	}
+	env := environment(who, c.start)
+	if err := os.Setenv("PATH", valueOf(env, "PATH")); err != nil { // for LookPath
+		return wire.Setup, err
+	}
+	dir := c.start.Workdir
+	if dir == "" {
+		dir = "/"
+	}
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		return wire.Setup, fmt.Errorf("the working directory %s: %w", dir, errors.Join(err, onlyIf(err == nil, unix.ENOTDIR)))
+	}
+	if err := c.connect(); err != nil {
+		return wire.Setup, err
+	}
+	defer func() {
+		for _, f := range c.ours {
+			_ = f.Close()
+		}
+	}()
+	if err := os.Chdir(dir); err != nil { // which a path like ./a counts from
+		return wire.Setup, err
+	}
+	path, err := exec.LookPath(c.start.Args[0])
+	if err == nil || errors.Is(err, exec.ErrDot) {
+		attr := &os.ProcAttr{Dir: dir, Env: env, Files: c.ours[:3], Sys: &syscall.SysProcAttr{
+			Setsid: true, Setctty: c.tty != nil, Ctty: 0, Credential: &who.credential,
+		}}
+		var p *os.Process
+		if p, err = os.StartProcess(path, c.start.Args, attr); err == nil {
+			c.pid = p.Pid
+			return "", p.Release()
+		}
+	}
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+		return wire.NotFound, fmt.Errorf("%s: there is no such command in the guest", c.start.Args[0])
+	}
+	return wire.NotExecutable, fmt.Errorf("%s cannot be executed: %w", c.start.Args[0], err)
+}
+
+func onlyIf(yes bool, err error) error {
+	if yes {
+		return err
+	}
+	return nil
+}
+
+// connect makes the streams of the command: c.ours are its ends of the first three.
+func (c *command) connect() error {
+	if c.start.Terminal != nil {
+		return c.connectTerminal()
+	}
+	in, err := dial(wire.Stdin, 0)
+	if err != nil {
+		return err
+	}
+	child, w, err := os.Pipe()
+	if err != nil {
+		return err
+	}
+	c.ours = append(c.ours, child)
+	go func() { // nobody waits for it: the host may never end its side
+		carry(w, in)
+	}()
+	for _, name := range []string{wire.Stdout, wire.Stderr} {
+		out, err := dial(name, 0)
+		if err != nil {
+			return err
+		}
+		r, child, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		c.ours = append(c.ours, child)
+		_, _ = unix.FcntlInt(r.Fd(), unix.F_SETPIPE_SZ, chunk) // a small pipe works, too
+		c.streams.Go(func() { carry(out, r) })
+	}
+	return nil
+}
+
+// connectTerminal makes a terminal for the command.
+func (c *command) connectTerminal() error {
+	tty, child, err := pty.Open()
+	if err != nil {
+		return fmt.Errorf("the guest has no terminal to give: %w", err)
+	}
+	c.tty = tty
+	c.ours = []*os.File{child, child, child}
+	c.resize(c.start.Terminal)
+	in, err := dial(wire.Stdin, 0)
+	if err != nil {
+		return err
+	}
+	out, err := dial(wire.Stdout, 0)
+	if err != nil {
+		return err
+	}
+	go func() { _, _ = io.CopyBuffer(onlyWriter{tty}, onlyReader{in}, make([]byte, 4096)) }()
+	c.streams.Go(func() { carry(out, tty) })
+	return nil
+}
+
+func (c *command) resize(s *wire.Size) {
+	if c.tty != nil {
+		_ = pty.Setsize(c.tty, &pty.Winsize{Rows: s.Rows, Cols: s.Cols}) // no harm but a wrong width
+	}
+}
+
+// chunk is how much is carried at once.
+const chunk = 256 << 10
+
+// onlyReader and onlyWriter hide what else a file can do, which io.Copy would try.
+type (
+	onlyReader struct{ io.Reader }
+	onlyWriter struct{ io.Writer }
+)
+
+// carry moves bytes from one file to the other until either ends, and closes both.
+// Who writes to a stream that nobody reads any more is told so by that.
+func carry(to, from *os.File) {
+	_, _ = io.CopyBuffer(onlyWriter{to}, onlyReader{from}, make([]byte, chunk))
+	_ = unix.Shutdown(int(to.Fd()), unix.SHUT_WR) // if it is a socket
+	_, _ = to.Close(), from.Close()
+}
+
+// listen does what the host says meanwhile. If the host goes, so does the command.
+func (c *command) listen(r *bufio.Reader) {
+	for {
+		var m wire.ToGuest
+		if err := wire.Read(r, &m); err != nil {
+			_ = unix.Kill(-1, unix.SIGKILL)
+			return
+		}
+		switch {
+		case m.Signal > 0:
+			_ = unix.Kill(-c.pid, unix.Signal(m.Signal)) // it may be over
+		case m.Size != nil:
+			c.resize(m.Size)
+		}
+	}
+}
+
+// reapUntil waits for all processes that end, as the first process of a system has
+// to, until the one with pid has.
+func reapUntil(pid int) unix.WaitStatus {
+	for {
+		var status unix.WaitStatus
+		if ended, err := unix.Wait4(-1, &status, 0, nil); ended == pid || errors.Is(err, unix.ECHILD) {
+			return status
+		}
+	}
+}
+
+// identity is a user of the guest.
+type identity struct {
+	credential        syscall.Credential
+	name, home, shell string
+}
+
+// lookUp finds a user by name or number, with a group after a colon if need be; no
+// name means root.
+func lookUp(spec string) (*identity, error) {
+	name, group, hasGroup := strings.Cut(spec, ":")
+	who := &identity{name: "root", home: "/root", shell: "/bin/sh"}
+	if name == "" {
+		name = "0"
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		u, err = user.LookupId(name)
+	}
+	switch uid, bad := strconv.ParseUint(name, 10, 32); {
+	case err == nil:
+		if err := who.fill(u); err != nil {
+			return nil, err
+		}
+	case bad == nil: // a number need not have a name
+		who.credential.Uid, who.credential.Gid = uint32(uid), uint32(uid)
+		if uid != 0 {
+			who.name, who.home = name, "/"
+		}
+	default:
+		return nil, fmt.Errorf("there is no user %q in the guest", name)
+	}
+	if !hasGroup {
+		return who, nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		g = &user.Group{Gid: group}
+	}
+	gid, err := strconv.ParseUint(g.Gid, 10, 32)
+	if err != nil {
+		return nil, fmt.Errorf("there is no group %q in the guest", group)
+	}
+	who.credential.Gid, who.credential.Groups = uint32(gid), nil
+	return who, nil
+}
+
+// fill takes over what the guest knows of a user.
+func (who *identity) fill(u *user.User) error {
+	uid, errU := strconv.ParseUint(u.Uid, 10, 32)
+	gid, errG := strconv.ParseUint(u.Gid, 10, 32)
+	if err := errors.Join(errU, errG); err != nil {
+		return err
+	}
+	who.name, who.home = u.Username, u.HomeDir
+	who.credential.Uid, who.credential.Gid = uint32(uid), uint32(gid)
+	ids, err := u.GroupIds()
+	if err != nil {
+		return nil // no list of groups
+	}
+	for _, id := range ids {
+		if n, err := strconv.ParseUint(id, 10, 32); err == nil && n != gid {
+			who.credential.Groups = append(who.credential.Groups, uint32(n))
+		}
+	}
+	return nil
+}
+
+// environment is what a login sets, and what the host says.
+func environment(who *identity, s *wire.Start) []string {
+	env := []string{
+		"PATH=" + defaultPath, "HOME=" + who.home, "USER=" + who.name, "LOGNAME=" + who.name, "SHELL=" + who.shell,
+	}
+	if s.Terminal != nil {
+		env = append(env, "TERM=xterm")
+	}
+	for _, v := range s.Env {
+		name, _, _ := strings.Cut(v, "=")
+		env = slices.DeleteFunc(env, func(old string) bool { return strings.HasPrefix(old, name+"=") })
+		env = append(env, v)
+	}
+	return env
+}
+
+// valueOf is the value of a variable.
+func valueOf(env []string, name string) string {
+	for _, v := range env {
+		if value, ok := strings.CutPrefix(v, name+"="); ok {
+			return value
+		}
+	}
+	return ""
+}

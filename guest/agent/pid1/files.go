@@ -1,0 +1,45 @@
+package pid1
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/calfvm/calf/guest/agent/internal/archive"
+	"github.com/calfvm/calf/guest/agent/internal/wire"
+)
+
+// copyIn unpacks what the host sends.
+func (c *command) copyIn() error {
+	for i, dest := range c.start.Copies {
+		in, err := dial(wire.Copy, i)
+		if err != nil {
+			return err
+		}
+		err = archive.Unpack(in, dest, archive.Options{})
+		if err == nil {
+			_, err = io.Copy(io.Discard, in) // what pads the archive
+		}
+		if err = errors.Join(err, in.Close()); err != nil {
+			return fmt.Errorf("copying to %s in the guest: %w", dest, err)
+		}
+	}
+	return nil
+}
+
+// copyOut sends the host what it wants. It is told of what cannot be had.
+func (c *command) copyOut() {
+	for i, name := range c.start.Artifacts {
+		out, err := dial(wire.Artifact, i)
+		if err == nil {
+			err = archive.Pack(out, name)
+			_ = unix.Shutdown(int(out.Fd()), unix.SHUT_WR)
+			_ = out.Close()
+		}
+		if err != nil {
+			c.host.problem(wire.ArtifactLost, fmt.Errorf("artifact %s: %w", name, err))
+		}
+	}
+}

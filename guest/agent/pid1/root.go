@@ -1,0 +1,224 @@
+package pid1
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/u-root/u-root/pkg/kmodule"
+	"golang.org/x/sys/unix"
+)
+
+// Arguments of the kernel that are the agent's.
+const (
+	ArgRoot     = "calf.root="       // the device of the root
+	ArgKind     = "calf.rootfstype=" // what kind of file system it has
+	ArgReadOnly = "calf.ro"          // the device cannot be written
+)
+
+// patience is how long a device may take to appear.
+const patience = 30 * time.Second
+
+// args are the arguments of the kernel, as far as the agent looks at them.
+type args struct {
+	device, kind, flags string
+	readOnly            bool
+}
+
+func readArgs() (args, error) {
+	line, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return args{}, err
+	}
+	return parseArgs(string(line)), nil
+}
+
+// parseArgs finds the arguments in the kernel's line. Calf's own come before what a
+// boot loader would have said, and of several of one name the last one holds.
+func parseArgs(line string) args {
+	var a, own args
+	for arg := range strings.FieldsSeq(line) {
+		switch name, value, _ := strings.Cut(arg, "="); name + "=" {
+		case "root=":
+			a.device = value
+		case "rootfstype=":
+			a.kind = value
+		case "rootflags=":
+			a.flags = value
+		case ArgRoot:
+			own.device = value
+		case ArgKind:
+			own.kind = value
+		case ArgReadOnly + "=":
+			a.readOnly = true
+		}
+	}
+	if own.device != "" {
+		a.device = own.device
+	}
+	if own.kind != "" {
+		a.kind = own.kind
+	}
+	return a
+}
+
+// root is the file system that the guest is to run in.
+type root struct {
+	args
+	path string // of its device
+}
+
+// findRoot loads the drivers of disks, and waits for the root's device.
+func findRoot(a args) (*root, error) {
+	for _, driver := range []string{"virtio_pci", "virtio_blk"} {
+		_ = loadAny([]string{"/"}, driver) // it may be part of the kernel; the device tells
+	}
+	if a.device == "" {
+		return nil, errors.New("the kernel's arguments do not say where the root is: give root= with --cmdline")
+	}
+	for start := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+		if path := deviceOf(a.device); path != "" {
+			return &root{a, path}, nil
+		}
+		if time.Since(start) > patience {
+			return nil, fmt.Errorf("the device %s of the root has not appeared; there are %s", a.device, strings.Join(disks(), ", "))
+		}
+	}
+}
+
+// deviceOf returns the path of the device that root= means, if it is there yet.
+func deviceOf(name string) string {
+	if id, ok := strings.CutPrefix(name, "PARTUUID="); ok {
+		return byEvent("PARTUUID", id)
+	}
+	if strings.HasPrefix(name, "/dev/") {
+		if _, err := os.Stat(name); err == nil {
+			return name
+		}
+	}
+	return ""
+}
+
+// byEvent returns the path of the device with the value in its uevent.
+func byEvent(key, value string) string {
+	events, err := filepath.Glob("/sys/class/block/*/uevent")
+	if err != nil {
+		return ""
+	}
+	for _, path := range events {
+		b, err := os.ReadFile(path)
+		if err == nil && bytes.Contains(b, []byte(key+"="+value+"\n")) {
+			return "/dev/" + filepath.Base(filepath.Dir(path))
+		}
+	}
+	return ""
+}
+
+// disks are the names of the block devices there are.
+func disks() []string {
+	entries, err := os.ReadDir("/sys/class/block")
+	if err != nil || len(entries) == 0 {
+		return []string{"none"}
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// mount mounts the root at newRoot.
+func (r *root) mount() error {
+	kinds := []string{r.kind}
+	if r.kind == "" {
+		kinds = []string{"ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs"}
+	}
+	var flags uintptr
+	if r.readOnly {
+		flags = unix.MS_RDONLY
+	}
+	if err := os.MkdirAll(newRoot, 0o755); err != nil {
+		return err
+	}
+	var errs []error
+	for _, kind := range kinds {
+		_ = loadAny([]string{"/"}, kind) // it may be part of the kernel; the mount tells
+		err := unix.Mount(r.path, newRoot, kind, flags, r.flags)
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, fmt.Errorf("%s as %s: %w", r.path, kind, err))
+	}
+	return fmt.Errorf("the root cannot be mounted: %w", errors.Join(errs...))
+}
+
+// loadAny loads a driver with what it needs from the modules under the first of
+// roots that has it. One that is part of the kernel is loaded.
+func loadAny(roots []string, name string) error {
+	var errs []error
+	for _, dir := range roots {
+		if _, err := os.Stat("/sys/module/" + name); err == nil {
+			return nil
+		}
+		err := kmodule.ProbeOptions(name, "", kmodule.ProbeOpts{RootDir: dir})
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// switchRoot makes newRoot the root, and frees the memory of the initramfs.
+func switchRoot() error {
+	for _, dir := range []string{"/dev", "/proc", "/sys"} {
+		if err := os.MkdirAll(newRoot+dir, 0o755); err != nil && !errors.Is(err, unix.EROFS) {
+			return err
+		}
+		if err := unix.Mount(dir, newRoot+dir, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("moving %s to the root: %w; does the image have that directory?", dir, err)
+		}
+	}
+	old, err := os.OpenRoot("/")
+	if err != nil {
+		return err
+	}
+	empty(old)
+	if err := errors.Join(old.Close(), os.Chdir(newRoot)); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("moving the root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return err
+	}
+	return os.Chdir("/")
+}
+
+// empty removes the files of the initramfs, which is a tree in memory. What cannot
+// be removed stays.
+func empty(old *os.Root) {
+	var own unix.Stat_t
+	if unix.Stat("/", &own) != nil {
+		return
+	}
+	_ = fs.WalkDir(old.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return fs.SkipDir
+		}
+		var st unix.Stat_t
+		if unix.Lstat("/"+path, &st) == nil && st.Dev != own.Dev {
+			return fs.SkipDir // another file system, above all the new root
+		}
+		if !d.IsDir() {
+			_ = old.Remove(path)
+		}
+		return nil
+	})
+}
