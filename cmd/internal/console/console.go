@@ -54,6 +54,7 @@ func ParseSpec(s string) (Spec, error) {
 // them.
 type Streams struct {
 	In, Out  *os.File
+	Err      *os.File // of a command in the guest; nil: what it says there is dropped
 	Messages *Messages
 }
 
@@ -64,6 +65,9 @@ type Console struct {
 	// Out is where the guest's output goes; nil if it is dropped. A write
 	// waits for a slow reader until Abort; a reader that is gone is no error.
 	Out io.Writer
+	// Err is where a command's errors go; nil if there is no such thing. A write
+	// to Out or Err of a command fails with EPIPE once their readers are gone.
+	Err io.Writer
 	// Name is the path of the pseudo-terminal of a PTY.
 	Name string
 	// Escape says that typing Ctrl-A x leaves the console.
@@ -71,11 +75,11 @@ type Console struct {
 
 	file *os.File // of a File console
 
-	in, out gate
-	gates   []*gate        // those of in and out that could be made
-	closers []func() error // called in reverse order
-	once    sync.Once
-	err     error // of Close
+	in, out, errs gate
+	gates         []*gate        // those of in and out that could be made
+	closers       []func() error // called in reverse order
+	once          sync.Once
+	err           error // of Close
 }
 
 // ptyPatience is how long a guest waits for the reader of a PTY that has fallen
@@ -94,12 +98,8 @@ func Open(spec Spec, std Streams, leave func()) (*Console, error) {
 }
 
 func (c *Console) open(spec Spec, std Streams, leave func()) error {
-	for _, g := range []*gate{&c.in, &c.out} {
-		if err := g.init(); err != nil {
-			return err
-		}
-		c.gates = append(c.gates, g)
-		c.closers = append(c.closers, g.close)
+	if err := c.openGates(); err != nil {
+		return err
 	}
 	switch spec.Kind {
 	case File:
@@ -115,6 +115,17 @@ func (c *Console) open(spec Spec, std Streams, leave func()) error {
 		return c.openPTY()
 	case Stdio:
 		return c.openStdio(std, leave)
+	}
+	return nil
+}
+
+func (c *Console) openGates() error {
+	for _, g := range []*gate{&c.in, &c.out, &c.errs} {
+		if err := g.init(); err != nil {
+			return err
+		}
+		c.gates = append(c.gates, g)
+		c.closers = append(c.closers, g.close)
 	}
 	return nil
 }
@@ -161,6 +172,33 @@ func (c *Console) openStdio(std Streams, leave func()) error {
 	})
 	c.In = &escapeReader{r: in, leave: leave}
 	c.Escape = true
+	return nil
+}
+
+// OpenCommand opens the streams of a command in the guest. With a terminal, standard
+// input is made raw as by Open, and there is no Err.
+func OpenCommand(std Streams, terminal bool, leave func()) (*Console, error) {
+	c := &Console{}
+	if err := c.openCommand(std, terminal, leave); err != nil {
+		return nil, errors.Join(fmt.Errorf("open the streams of the command: %w", err), c.Close())
+	}
+	return c, nil
+}
+
+func (c *Console) openCommand(std Streams, terminal bool, leave func()) error {
+	if err := c.openGates(); err != nil {
+		return err
+	}
+	if terminal {
+		return c.openStdio(std, leave)
+	}
+	c.Out = &writer{file: c.own(std.Out, unix.O_WRONLY), gate: &c.out, strict: true}
+	if std.Err != nil {
+		c.Err = &writer{file: c.own(std.Err, unix.O_WRONLY), gate: &c.errs, strict: true}
+	}
+	if !term.IsTerminal(int(std.In.Fd())) || inForeground(std.In) {
+		c.In = &reader{file: c.own(std.In, unix.O_RDONLY), gate: &c.in}
+	}
 	return nil
 }
 
@@ -224,7 +262,10 @@ func (c *Console) Lost() bool {
 
 // Abort ends every write that waits, and drops all further output. It may be
 // called at any time, from any goroutine.
-func (c *Console) Abort() { c.out.open() }
+func (c *Console) Abort() {
+	c.out.open()
+	c.errs.open()
+}
 
 // Close ends the input, waits for a read or a write under way, and puts the
 // terminal back. It may be called more than once.

@@ -129,6 +129,7 @@ type writer struct {
 	// patience is how long a write waits until it drops the rest; 0 = for
 	// good.
 	patience time.Duration
+	strict   bool // a reader that is gone is an error
 	behind   bool // the last write ran out of patience; guarded by gate.use
 	gone     bool // nobody will read any more; guarded by gate.use
 	aborted  bool // the gate has cost output; guarded by gate.use
@@ -159,6 +160,9 @@ func (w *writer) Write(p []byte) (int, error) {
 			return len(p), nil
 		}
 		rest = rest[max(n, 0):] // a failed write gives -1
+	}
+	if w.strict && w.gone {
+		return 0, unix.EPIPE
 	}
 	return len(p), nil
 }
