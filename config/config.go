@@ -30,6 +30,7 @@ type Config struct {
 	VM    VM     `toml:"vm"`
 	Boot  Boot   `toml:"boot,omitempty"`
 	Vsock Vsock  `toml:"vsock,omitempty"`
+	Run   Run    `toml:"run,omitempty"`
 	Disks []Disk `toml:"disk"` // in order: vda, vdb, …
 
 	// origins says where values came from, by path ("vm.cpus",
@@ -52,6 +53,15 @@ type Boot struct {
 	Kernel  string `toml:"kernel,omitempty"` // "" = the one found on the first disk
 	Initrd  string `toml:"initrd,omitempty"`
 	Cmdline string `toml:"cmdline,omitempty"` // appended to calf's own command line
+}
+
+// Run is the table [run]: a command to be run in the guest, with the agent that calf
+// brings along.
+type Run struct {
+	Command []string          `toml:"command,omitempty"` // none: the image's own init runs
+	Env     map[string]string `toml:"env,omitempty"`
+	Workdir string            `toml:"workdir,omitempty"` // "" = /
+	User    string            `toml:"user,omitempty"`    // "" = root
 }
 
 // Vsock is the table [vsock]: the socket device, which the guest has if there is a
@@ -124,6 +134,7 @@ func Default() *Config { return new(Config).Effective() }
 func (c *Config) Effective() *Config {
 	e := *c
 	e.origins = maps.Clone(c.origins)
+	e.Run.Command, e.Run.Env = slices.Clone(c.Run.Command), maps.Clone(c.Run.Env)
 	e.VM.CPUs = orDefault(c.VM.CPUs, 1)
 	e.VM.Memory = orDefault(c.VM.Memory, defaultMemory)
 	e.Disks = slices.Clone(c.Disks)
@@ -140,6 +151,13 @@ func (c *Config) Effective() *Config {
 		d.BackingDirs = slices.Clone(d.BackingDirs)
 	}
 	return &e
+}
+
+// SaysSnapshot reports whether the file or a flag says of disk i whether its writes
+// go to a throw-away overlay.
+func (c *Config) SaysSnapshot(i int) bool {
+	_, ok := c.origins[diskPath(i)+".snapshot"]
+	return ok
 }
 
 // orDefault returns v, or def if v is not set.

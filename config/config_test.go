@@ -61,6 +61,9 @@ func TestLoadReadsEveryKey(t *testing.T) {
 			Initrd:  filepath.Join(filepath.Dir(dir), "initrd.img"),
 			Cmdline: "quiet loglevel=3",
 		},
+		Run: config.Run{
+			Command: []string{"make", "test"}, Env: map[string]string{"CI": "1", "EMPTY": ""}, Workdir: "/src", User: "builder",
+		},
 		Vsock: config.Vsock{Path: filepath.Join(dir, "ci.sock"), CID: 42},
 		Disks: []config.Disk{{
 			Path: filepath.Join(dir, "debian-12.qcow2"), Snapshot: true, Queues: 4, QueueSize: 128,

@@ -10,7 +10,7 @@ import (
 
 // Set gives the key, such as "vm.cpus", the value that a flag holds, in place
 // of what the file says; an empty one takes back what the file says of an
-// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm], [boot] or [vsock] is a
+// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm], [boot], [vsock] or [run] is a
 // mistake of the caller and panics.
 func (c *Config) Set(flag, key, value string) error {
 	table, name, _ := strings.Cut(key, ".")
@@ -20,6 +20,8 @@ func (c *Config) Set(flag, key, value string) error {
 		dst = reflect.ValueOf(&c.VM).Elem()
 	case "boot":
 		dst = reflect.ValueOf(&c.Boot).Elem()
+	case "run":
+		dst = reflect.ValueOf(&c.Run).Elem()
 	case "vsock":
 		dst = reflect.ValueOf(&c.Vsock).Elem()
 	default:

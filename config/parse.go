@@ -218,6 +218,14 @@ func convert(t reflect.Type, value any) (any, bool) {
 			v[i], ok = s, ok && isString
 		}
 		return v, ok
+	case reflect.TypeFor[map[string]string]():
+		table, ok := value.(map[string]any)
+		v := make(map[string]string, len(table))
+		for name := range table {
+			s, isString := table[name].(string)
+			v[name], ok = s, ok && isString
+		}
+		return v, ok
 	}
 	panic(fmt.Sprintf("BUG: config: no conversion to %v", t))
 }
@@ -269,7 +277,7 @@ func header(table string) string {
 
 // homeOf returns the table that has the given key, or "".
 func homeOf(key string) string {
-	for _, table := range []string{"vm", "boot", "vsock", "disk"} {
+	for _, table := range []string{"vm", "boot", "vsock", "run", "disk"} {
 		if _, ok := rules[table+"."+key]; ok {
 			return table
 		}

@@ -47,6 +47,12 @@ var rules = map[string]rule{
 	"boot.initrd":  {doc: "Initial RAM disk.", path: true, optional: true},
 	"boot.cmdline": {doc: "Kernel parameters, appended to calf's own and to those of a kernel from the first disk.", max: 2047, ascii: true},
 
+	"run":         {doc: "A command to be run in the guest, whose first disk needs nothing for it. The exit code of calf is its own then."},
+	"run.command": {doc: "The command and its arguments. Its streams are calf's."},
+	"run.env":     {doc: "Environment variables, beside those that a login sets."},
+	"run.workdir": {doc: "Directory of the guest in which it runs. The default is /.", max: 4095},
+	"run.user":    {doc: "User of the guest that runs it, by name or number, with :GROUP if need be. The default is root.", max: 255},
+
 	"vsock":      {doc: "Stream connections between guest and host without a network."},
 	"vsock.path": {doc: "Unix socket to make, on which programs open connections to the guest: they write CONNECT PORT and a newline, and read OK. The guest's own connections to PORT of the host go to the socket path_PORT. Without a path there is no such device.", path: true, optional: true},
 	"vsock.cid":  {doc: "Context ID of the guest. The default is 3; guests share nothing by it.", min: 3, max: 1<<32 - 2},
@@ -73,7 +79,7 @@ var rules = map[string]rule{
 }
 
 // laterKeys are keys that the file format has and this version does not.
-var laterKeys = []string{"run", "target"}
+var laterKeys = []string{"target"}
 
 // field is a key of a table together with the struct field behind it.
 type field struct {
@@ -121,7 +127,12 @@ func (r rule) accepts(t reflect.Type) string {
 	case reflect.TypeFor[time.Duration]():
 		return `a duration such as "90s" or "10m"`
 	case reflect.TypeFor[[]string]():
-		return "an array of paths"
+		if r.path {
+			return "an array of paths"
+		}
+		return "an array of strings"
+	case reflect.TypeFor[map[string]string]():
+		return "a table of strings"
 	}
 	switch {
 	case len(r.values) > 0:
@@ -149,7 +160,13 @@ func (r rule) allows(v any) bool {
 	case time.Duration:
 		return v >= 0
 	case []string:
-		return !slices.ContainsFunc(v, func(s string) bool { return !r.allows(s) })
+		return !slices.ContainsFunc(v, func(s string) bool { return r.path && !r.allows(s) || strings.ContainsRune(s, 0) })
+	case map[string]string:
+		for name, value := range v {
+			if name == "" || strings.ContainsAny(name, "=\x00") || strings.ContainsRune(value, 0) {
+				return false
+			}
+		}
 	case string:
 		switch {
 		case len(r.values) > 0:

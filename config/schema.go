@@ -75,6 +75,8 @@ func (r rule) schema(t reflect.Type) map[string]any {
 		return map[string]any{"type": "string", "pattern": durationPattern}
 	case reflect.TypeFor[[]string]():
 		return map[string]any{"type": "array", "items": r.schema(reflect.TypeFor[string]())}
+	case reflect.TypeFor[map[string]string]():
+		return map[string]any{"type": "object", "additionalProperties": map[string]any{"type": "string"}}
 	}
 	s := map[string]any{"type": "string"}
 	switch {

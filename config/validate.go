@@ -31,6 +31,7 @@ func (c *Config) tables() []table {
 	tables := []table{
 		{"vm", "vm", reflect.ValueOf(&c.VM).Elem()},
 		{"boot", "boot", reflect.ValueOf(&c.Boot).Elem()},
+		{"run", "run", reflect.ValueOf(&c.Run).Elem()},
 		{"vsock", "vsock", reflect.ValueOf(&c.Vsock).Elem()},
 	}
 	for i := range c.Disks {

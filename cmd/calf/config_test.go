@@ -91,7 +91,7 @@ func TestConfigSchemaIsJSON(t *testing.T) {
 	if err := json.Unmarshal([]byte(mustCalf(t, "config", "schema")), &schema); err != nil {
 		t.Fatal(err)
 	}
-	for _, table := range []string{"vm", "boot", "vsock", "disk"} {
+	for _, table := range []string{"vm", "boot", "run", "vsock", "disk"} {
 		if schema.Properties[table] == nil {
 			t.Errorf("the schema lacks %s", table)
 		}
