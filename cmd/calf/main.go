@@ -15,9 +15,14 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/launch"
+	"github.com/calfvm/calf/guest/agent/pid1"
 )
 
 func main() {
+	if pid1.IsAgent() {
+		pid1.Main()
+		return
+	}
 	if len(os.Args) == 2 && os.Args[1] == console.GuardCommand {
 		if console.Guard() != nil {
 			os.Exit(launch.ExitError)
@@ -27,7 +32,7 @@ func main() {
 	// A reader of the messages that goes away must not take the guest with it, and a
 	// file that may not grow is an error like a full disk.
 	signal.Ignore(unix.SIGPIPE, unix.SIGXFSZ)
-	p := program{started: time.Now(), streams: console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)}}
+	p := program{started: time.Now(), streams: console.Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Messages: console.NewMessages(os.Stderr)}}
 	os.Exit(p.run(os.Args[1:]))
 }
 

@@ -25,7 +25,7 @@ func TestMain(m *testing.M) {
 		os.Exit(0)
 	case os.Getenv(asCalf) != "":
 		p := program{
-			streams:        console.Streams{In: os.Stdin, Out: os.Stdout, Messages: console.NewMessages(os.Stderr)},
+			streams:        console.Streams{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Messages: console.NewMessages(os.Stderr)},
 			allowEmulation: true,
 		}
 		os.Exit(p.run(os.Args[1:]))
@@ -54,7 +54,7 @@ func calf(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	dir := t.TempDir()
 	in, out, messages := open(os.DevNull), open(dir+"/out"), open(dir+"/messages")
 	p := program{
-		streams:        console.Streams{In: in, Out: out, Messages: console.NewMessages(messages)},
+		streams:        console.Streams{In: in, Out: out, Err: messages, Messages: console.NewMessages(messages)},
 		allowEmulation: true,
 	}
 	code = p.run(args)

@@ -23,6 +23,8 @@ var overrides = []struct{ flag, key, usage string }{
 	{"cpus", "vm.cpus", "`NUMBER` of virtual CPUs (default 1)"},
 	{"memory", "vm.memory", "guest memory, a `SIZE` such as 2G (default 512MiB)"},
 	{"vsock", "vsock.path", "Unix socket for connections with the guest, at `PATH`"},
+	{"workdir", "run.workdir", "run the command in this `DIRECTORY` of the guest (default /)"},
+	{"user", "run.user", "run the command as this `USER[:GROUP]` of the guest (default root)"},
 	{"timeout", "vm.timeout", "end the run after this `DURATION`, such as 10m; 0 for never"},
 	{"boot-timeout", "vm.boot_timeout", "end the run if the guest is not up after this `DURATION`"},
 }
@@ -39,6 +41,12 @@ type runFlags struct {
 	dryRun     bool
 	json       string
 	noReboot   bool
+
+	// What follows is for a command in the guest.
+	env       []string
+	copies    []string
+	artifacts []string
+	keep      string
 }
 
 func newRun(p program) *cobra.Command {
@@ -102,7 +110,12 @@ func (f *runFlags) define(cmd *cobra.Command) {
 	flags.BoolVar(&f.dryRun, "dry-run", false, "check everything that needs no KVM and print the effective configuration")
 	flags.StringVar(&f.json, "json", "", "write the result of the run to `FILE`")
 	flags.BoolVar(&f.noReboot, "no-reboot", false, "end the run where the guest would restart")
+	flags.StringArrayVarP(&f.env, "env", "e", nil, "set a variable for the command, `NAME=VALUE`, or take NAME from here; may be repeated")
+	flags.StringArrayVar(&f.copies, "copy", nil, "copy a file or directory to the guest before the command runs, `FROM:TO`; may be repeated")
+	flags.StringArrayVar(&f.artifacts, "artifact", nil, "copy a file or directory from the guest after the command, `FROM=TO`; may be repeated")
+	flags.StringVar(&f.keep, "keep", "", "keep what is written to the first disk in a new overlay, `FILE.qcow2`, which can be booted")
 	cmd.MarkFlagsMutuallyExclusive("snapshot", "no-snapshot")
+	cmd.MarkFlagsMutuallyExclusive("keep", "no-snapshot")
 	cmd.MarkFlagsMutuallyExclusive("dry-run", "json")
 	complete := map[string][]string{
 		"console":   {"stdio", "file:", "pty", "none"},
@@ -156,9 +169,10 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 
 // prepare turns the command line into a valid configuration and options.
 func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*config.Config, launch.Options, error) {
-	opts := launch.Options{NoReboot: f.noReboot, Streams: p.streams, Started: p.started, AllowEmulation: p.allowEmulation}
-	if dash := cmd.ArgsLenAtDash(); dash >= 0 && dash < len(args) {
-		return nil, opts, errors.New("running a command in the guest is not supported by this version of calf: boot without one")
+	opts := launch.Options{NoReboot: f.noReboot, Keep: f.keep, Streams: p.streams, Started: p.started, AllowEmulation: p.allowEmulation}
+	var command []string
+	if dash := cmd.ArgsLenAtDash(); dash >= 0 {
+		args, command = args[:dash], args[dash:]
 	}
 	var err error
 	if opts.Console, err = console.ParseSpec(f.console); err != nil {
@@ -175,14 +189,30 @@ func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*confi
 		return nil, opts, err
 	}
 	opts.Logger = slog.New(slog.NewTextHandler(p.streams.Messages, &slog.HandlerOptions{Level: level}))
-	cfg, err := f.configure(cmd.Flags(), args)
+	if args, opts.Copies, err = copiesOf(f.copies, args); err != nil {
+		return nil, opts, err
+	}
+	if opts.Artifacts, err = artifactsOf(f.artifacts); err != nil {
+		return nil, opts, err
+	}
+	cfg, err := f.configure(cmd.Flags(), args, command)
+	if err == nil {
+		err = f.settle(cmd.Flags(), cfg, &opts)
+	}
 	return cfg, opts, err
 }
 
 // configure reads the file, if there is one, and applies the flags.
-func (f *runFlags) configure(flags *pflag.FlagSet, args []string) (*config.Config, error) {
+func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*config.Config, error) {
 	cfg, base, err := begin(args)
 	if err != nil {
+		return nil, err
+	}
+	if len(command) > 0 {
+		cfg.Run.Command = command
+	}
+	base.Snapshot = base.Snapshot || len(cfg.Run.Command) > 0
+	if err := setEnv(cfg, f.env); err != nil {
 		return nil, err
 	}
 	var errs config.Errors
@@ -205,6 +235,8 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args []string) (*config.Confi
 			cfg.Disks[i].Snapshot = true
 		case f.noSnapshot:
 			cfg.Disks[i].Snapshot = false
+		case len(cfg.Run.Command) > 0 && !cfg.SaysSnapshot(i):
+			cfg.Disks[i].Snapshot = true
 		}
 	}
 	if len(errs) > 0 {

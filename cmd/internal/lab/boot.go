@@ -98,11 +98,14 @@ func initrd(name string, k Kernel, init string, modules, extra []string) (string
 	if err != nil {
 		return "", err
 	}
-	return cached(name+"-"+k.Release, fmt.Sprint(digest, modules, extra), func(file string) error {
+	return cached(name+"-"+k.Release, fmt.Sprint(2, digest, modules, extra), func(file string) error {
 		if err := k.addModules(t, "/modules", modules...); err != nil {
 			return err
 		}
 		if err := k.addModules(t, "/modules/extra", extra...); err != nil {
+			return err
+		}
+		if err := k.linkModules(t, []string{"/modules", "/modules/extra"}, slices.Concat(modules, extra)); err != nil {
 			return err
 		}
 		return t.initramfs(file)

@@ -90,8 +90,9 @@ func Kernels() ([]Kernel, error) {
 
 // module is a loadable kernel module.
 type module struct {
-	name string
-	data []byte // the ELF file, uncompressed
+	name    string
+	depends []string
+	data    []byte // the ELF file, uncompressed
 }
 
 // load returns the named modules and all that they depend on, in an order in
@@ -128,7 +129,7 @@ func (k Kernel) load(names ...string) ([]module, error) {
 				return err
 			}
 		}
-		order = append(order, module{name, data})
+		order = append(order, module{name, depends, data})
 		return nil
 	}
 	for _, name := range names {
@@ -222,5 +223,32 @@ func (k Kernel) addModules(t tree, dir string, names ...string) error {
 		fmt.Fprintln(&order, m.name)
 	}
 	t.text(filepath.Join(dir, "order"), order.String(), 0o644)
+	return nil
+}
+
+// linkModules makes the modules, which addModules has put into the given
+// directories, known where a distribution has them, with their modules.dep.
+func (k Kernel) linkModules(t tree, dirs, names []string) error {
+	modules, err := k.load(names...)
+	if err != nil {
+		return err
+	}
+	home := "/lib/modules/" + k.Release
+	var deps strings.Builder
+	for _, m := range modules {
+		for _, dir := range dirs {
+			if file := filepath.Join(dir, m.name+".ko"); t.has(file) {
+				t.link(filepath.Join(home, m.name+".ko"), file)
+			}
+		}
+		deps.WriteString(m.name + ".ko:")
+		for _, d := range m.depends {
+			if t.has(filepath.Join(home, moduleName(d)+".ko")) { // and is no part of the kernel
+				deps.WriteString(" " + moduleName(d) + ".ko")
+			}
+		}
+		deps.WriteString("\n")
+	}
+	t.text(filepath.Join(home, "modules.dep"), deps.String(), 0o644)
 	return nil
 }

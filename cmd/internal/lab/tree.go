@@ -42,6 +42,11 @@ func (t tree) add(name string, n node) {
 	}
 }
 
+func (t tree) has(name string) bool {
+	_, ok := t[name]
+	return ok
+}
+
 func (t tree) dir(name string) { t.add(name, node{mode: fs.ModeDir | 0o755}) }
 
 func (t tree) text(name, text string, perm fs.FileMode) {

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/agent"
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/guest/boot/find"
 	"github.com/calfvm/calf/vmm"
@@ -66,8 +68,21 @@ func (k *diskKernel) payload() (vmm.Payload, error) {
 	}
 	k.log.Info("found a kernel on the first disk", "kernel", f.Kernel, "title", f.Title, "cmdline", f.Cmdline())
 	return vmm.Payload{
-		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: f.Cmdline(),
+		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: strings.TrimSpace(f.Cmdline() + " " + k.agentRoot(f)),
 	}, nil
+}
+
+// agentRoot tells an agent in the guest where the root is, as far as that is known of
+// the first disk.
+func (k *diskKernel) agentRoot(f *find.Found) string {
+	if len(k.cfg.Run.Command) == 0 || f.Root == "" || f.RootPartition == nil {
+		return ""
+	}
+	device := "/dev/vda"
+	if n := f.RootPartition.Number; n > 0 {
+		device += strconv.Itoa(n)
+	}
+	return agent.RootArgs(device, f.RootPartition.Kind)
 }
 
 // findKernel finds what to boot on a disk, which is the first one of cfg. A root

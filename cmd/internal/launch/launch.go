@@ -15,6 +15,7 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/agent"
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/vmm"
 )
@@ -28,6 +29,11 @@ type Options struct {
 	// Started is when the process began, for the log of how long it took to the
 	// guest's first instruction.
 	Started time.Time
+	// Copies go to the guest before its command, Artifacts come back after it.
+	Copies, Artifacts []agent.Transfer
+	// Keep is the path of a new image that takes what is written to the first
+	// disk, empty if that is thrown away or written there.
+	Keep string
 	// AllowEmulation accepts a KVM that only emulates, which is enough for the
 	// guests of tests.
 	AllowEmulation bool
@@ -44,6 +50,8 @@ const (
 
 // Outcomes that the machine itself does not know.
 const (
+	outcomeExited  = "exited" // the command has
+	outcomeNotRun  = "not-run"
 	outcomeTimeout = "timeout"
 	outcomeKilled  = "killed"
 	outcomeError   = "error"
@@ -55,6 +63,16 @@ type Result struct {
 	ExitCode int     `json:"exit_code"`
 	Message  string  `json:"message"` // one sentence; empty if there is nothing to say
 	Seconds  float64 `json:"duration_seconds"`
+	// Command says how the command in the guest ended, if one has been started.
+	Command *CommandResult `json:"command,omitempty"`
+}
+
+// CommandResult says how a command in the guest ended.
+type CommandResult struct {
+	Status int      `json:"status"`           // its own, or 128 and the number of the signal
+	Signal int      `json:"signal,omitempty"` // that ended it
+	Kernel string   `json:"kernel"`           // release of the guest's
+	Lost   []string `json:"lost,omitempty"`   // artifacts that could not be had, and why
 }
 
 // Failed is the result of a run that was ended, or never begun, by err.
@@ -136,6 +154,9 @@ func Run(cfg *config.Config, opts Options) Result {
 	e := run(ctx, cfg.Effective(), opts)
 	stop.release()
 	r := result(cfg, e)
+	if e.command.died(e) {
+		e.command.tail.show(opts.Streams.Messages)
+	}
 	r.Seconds = time.Since(began).Seconds()
 	return r
 }
@@ -151,6 +172,7 @@ type end struct {
 	err     error // why it was not, or why it did not end by itself
 	closing error // what went wrong afterwards, when everything was closed
 	lost    bool  // output was dropped, because nobody read it
+	command *command
 }
 
 // run opens what cfg names, runs the guest and closes everything again.
@@ -171,16 +193,28 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	// What the guest said last is still to be read, but a reader that has
 	// stopped reading must not hold up the end.
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(drainTime, cons.Abort) })()
-	socket, err := openVsock(cfg.Vsock)
+	cmd, err := openCommand(cfg, opts, func() { ctx.end(errEscape) })
+	if err != nil {
+		e.err = err
+		return e
+	}
+	defer func() { also(cmd.close()) }()
+	e.command = cmd
+	socket, err := openVsock(cfg.Vsock, cmd.serve())
 	if err != nil {
 		e.err = err
 		return e
 	}
 	defer func() { also(socket.close()) }()
-	machine, kernel, err := newMachine(cfg, opts, cons, socket)
+	machine, kernel, err := newMachine(cfg, opts, cons, socket, cmd)
 	if err != nil {
 		e.err = err
 		return e
+	}
+	if opts.Keep != "" {
+		if e.err = keepOverlay(cfg, opts.Keep); e.err != nil {
+			return e
+		}
 	}
 	// The disks are opened for writing, which may change them, last of all,
 	// and closed after the machine that uses them.
@@ -197,13 +231,15 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		}
 	}
 	announce(opts.Streams.Messages, cons)
-	ctx.control(machine)
-	defer ctx.control(nil)
+	ctx.control(machine, cmd)
+	defer ctx.control(nil, nil)
 	if e.err = cons.Empty(); e.err != nil {
 		return e
 	}
 	e.ran = true
+	cmd.begin(ctx, ctx.end)
 	e.outcome, e.err = machine.Run(ctx)
+	cmd.wait()
 	if e.outcome != vmm.PowerOff && e.outcome != vmm.Reboot {
 		time.AfterFunc(drainTime, cons.Abort)
 	}
@@ -212,12 +248,17 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 
 // newMachine builds the machine of cfg, without its disks. A kernel on the first one
 // is read from it here, before any is opened for writing.
-func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost) (*vmm.Machine, *diskKernel, error) {
+func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost, cmd *command) (*vmm.Machine, *diskKernel, error) {
 	kernel, err := newDiskKernel(cfg, opts.Logger)
 	if err != nil {
 		return nil, nil, err
 	}
-	machine, err := vmm.New(machineConfig(cfg, opts, cons, socket, kernel))
+	mc := machineConfig(cfg, opts, cons, socket, kernel)
+	mc.Cmdline, mc.Console.Out = cmd.cmdline(cfg), cmd.console(cons.Out)
+	var machine *vmm.Machine
+	if mc.AppendInitrd, err = cmd.initrd(); err == nil {
+		machine, err = vmm.New(mc)
+	}
 	if err = errors.Join(err, kernel.close()); err != nil && machine != nil {
 		err = errors.Join(err, machine.Close())
 	}
@@ -271,6 +312,11 @@ func result(cfg *config.Config, e end) Result {
 	var killed *killedError
 	also := e.closing
 	switch {
+	case e.command.ended():
+		e.command.report(&r)
+	case e.command.died(e) && (e.outcome == vmm.PowerOff || e.outcome == vmm.Reboot || errors.Is(e.err, errCommandDone)):
+		r.ExitCode, r.Message = ExitGuest, "the guest ended without a status of the command"
+		also = errors.Join(e.command.err, also)
 	case e.outcome == vmm.PowerOff, e.outcome == vmm.Reboot:
 		r.ExitCode = ExitPowerOff
 		if also = errors.Join(e.err, also); also != nil {

@@ -39,6 +39,7 @@ type watched struct {
 
 	mu      sync.Mutex // guards what follows
 	machine controls   // nil while no guest runs
+	command *command   // nil if the guest runs none
 	asked   bool       // the guest has been asked to power off
 }
 
@@ -91,17 +92,18 @@ func (s *watcher) release() {
 	s.cancel()
 }
 
-// control sets the machine that signals work on; nil while none runs.
-func (w *watched) control(machine controls) {
+// control sets the machine that signals work on, and its command, if it has one; nil
+// while none runs.
+func (w *watched) control(machine controls, cmd *command) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.machine = machine
+	w.machine, w.command = machine, cmd
 }
 
 // handle acts on one signal.
 func (w *watched) handle(sig unix.Signal) {
 	w.mu.Lock()
-	machine := w.machine
+	machine, cmd := w.machine, w.command
 	again := w.asked
 	w.asked = again || machine != nil && sig != unix.SIGCONT // the next signal ends the run
 	w.mu.Unlock()
@@ -114,6 +116,14 @@ func (w *watched) handle(sig unix.Signal) {
 	killed := &killedError{signal: sig, why: fmt.Sprintf("the run was ended by signal %d (%v)", int(sig), sig)}
 	if machine == nil || again || sig == unix.SIGQUIT {
 		signal.Reset(endingSignals...) // one more ends a calf that hangs
+		w.end(killed)
+		return
+	}
+	if cmd.signal(sig) {
+		_, _ = fmt.Fprintf(w.messages, "calf: %v is passed on to the command; a second signal ends the guest\n", sig)
+		return
+	}
+	if cmd != nil { // which is not there yet
 		w.end(killed)
 		return
 	}

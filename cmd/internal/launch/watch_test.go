@@ -33,7 +33,7 @@ func TestSignalsReachTheMachine(t *testing.T) {
 			defer s.release()
 			w.handle(unix.SIGCONT) // before there is a machine
 			var got buttons
-			w.control(&got)
+			w.control(&got, nil)
 			for _, sig := range tt.signals {
 				w.handle(sig)
 			}

@@ -1,0 +1,280 @@
+package launch
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/signal"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/calfvm/calf/cmd/internal/console"
+	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/agent"
+	"github.com/calfvm/calf/vmm"
+)
+
+// errCommandDone ends a guest whose command has ended.
+var errCommandDone = errors.New("launch: the command has ended")
+
+// errGuestEnded ends the wait for a command whose guest has ended.
+var errGuestEnded = errors.New("launch: the guest has ended")
+
+const (
+	// guestProgram is what becomes the agent: this program, even if its file has
+	// been replaced.
+	guestProgram = "/proc/self/exe"
+	// powerOffTime is how long a guest whose root is kept may take to write it
+	// back and power off.
+	powerOffTime = time.Minute
+	// tailBytes and tailLines are how much of the guest's console is shown when it
+	// dies without a status.
+	tailBytes, tailLines = 16 << 10, 25
+)
+
+// command is what a run has for a command in its guest. A nil one is of a run
+// without.
+type command struct {
+	session *agent.Session
+	streams *console.Console
+	tail    tail // of the guest's console
+	keep    bool
+	resized chan os.Signal
+
+	cancel context.CancelCauseFunc // of the session
+	done   chan struct{}           // closed when what follows is set
+	result *agent.Result
+	err    error
+}
+
+// openCommand opens the streams of the command that cfg names, nil if it names none.
+func openCommand(cfg *config.Config, opts Options, leave func()) (*command, error) {
+	if len(cfg.Run.Command) == 0 {
+		return nil, nil
+	}
+	if err := agent.CheckCopies(opts.Copies); err != nil {
+		return nil, err
+	}
+	size := terminalSize(opts.Streams)
+	streams, err := console.OpenCommand(opts.Streams, size != nil, leave)
+	if err != nil {
+		return nil, err
+	}
+	c := &command{streams: streams, keep: opts.Keep != "", done: make(chan struct{}), resized: make(chan os.Signal, 1)}
+	what := agent.Command{
+		Args: cfg.Run.Command, Workdir: cfg.Run.Workdir, User: cfg.Run.User, Terminal: size, Hostname: cfg.VM.Name,
+		Keep: c.keep, Copies: opts.Copies, Artifacts: opts.Artifacts,
+	}
+	if size != nil && os.Getenv("TERM") != "" {
+		what.Env = append(what.Env, "TERM="+os.Getenv("TERM"))
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Run.Env)) {
+		what.Env = append(what.Env, name+"="+cfg.Run.Env[name])
+	}
+	c.session = agent.NewSession(what, agent.Streams{In: streams.In, Out: orDiscard(streams.Out), Err: orDiscard(streams.Err)})
+	if size != nil {
+		signal.Notify(c.resized, unix.SIGWINCH)
+		go func() {
+			for range c.resized {
+				if size := terminalSize(opts.Streams); size != nil {
+					c.session.Resize(*size)
+				}
+			}
+		}()
+	}
+	return c, nil
+}
+
+func orDiscard(w io.Writer) io.Writer {
+	if w == nil {
+		return io.Discard
+	}
+	return w
+}
+
+// terminalSize is the size of the terminal that both standard input and output are,
+// nil if they are none.
+func terminalSize(s console.Streams) *agent.Size {
+	if !term.IsTerminal(int(s.In.Fd())) || !term.IsTerminal(int(s.Out.Fd())) {
+		return nil
+	}
+	cols, rows, err := term.GetSize(int(s.Out.Fd()))
+	if err != nil {
+		return nil
+	}
+	return &agent.Size{Rows: uint16(rows), Cols: uint16(cols)} //nolint:gosec // G115: the kernel has 16 bits for each
+}
+
+// initrd is what the kernel is to unpack for the agent, and cmdline what it is to be
+// told.
+func (c *command) initrd() ([]byte, error) {
+	if c == nil {
+		return nil, nil
+	}
+	return agent.Initramfs(guestProgram)
+}
+
+func (c *command) cmdline(cfg *config.Config) string {
+	if c == nil {
+		return cfg.Boot.Cmdline
+	}
+	readOnly := len(cfg.Disks) > 0 && cfg.Disks[0].ReadOnly
+	return strings.TrimSpace(agent.Cmdline(readOnly) + " " + cfg.Boot.Cmdline)
+}
+
+// console is where the guest's console goes that is to go to out, which may be nil.
+func (c *command) console(out io.Writer) io.Writer {
+	switch {
+	case c == nil:
+		return out
+	case out == nil:
+		return &c.tail
+	}
+	return io.MultiWriter(&c.tail, out)
+}
+
+// serve takes the connections of the agent.
+func (c *command) serve() func(agent.Conn) {
+	if c == nil {
+		return nil
+	}
+	return c.session.Serve
+}
+
+// begin waits for the command in a goroutine of its own. When it has ended, end is
+// called, which ends the guest, unless that does so itself.
+func (c *command) begin(ctx context.Context, end func(error)) {
+	if c == nil {
+		return
+	}
+	ctx, c.cancel = context.WithCancelCause(ctx)
+	go func() {
+		defer close(c.done)
+		c.result, c.err = c.session.Run(ctx)
+		if c.keep && c.err == nil {
+			time.AfterFunc(powerOffTime, func() { end(errCommandDone) })
+			return
+		}
+		end(errCommandDone)
+	}()
+}
+
+// wait returns when the guest has ended and nothing more is to come from it.
+func (c *command) wait() {
+	if c == nil {
+		return
+	}
+	// What came before the end of the guest may still be under way.
+	select {
+	case <-c.done:
+	case <-time.After(drainTime):
+	}
+	c.cancel(errGuestEnded)
+	<-c.done
+}
+
+// ended reports whether the command has ended, or could not be run, and said so.
+func (c *command) ended() bool { return c != nil && c.result != nil }
+
+// died reports whether the guest of a command that ended like e did so without a
+// status, and not at the bidding of calf.
+func (c *command) died(e end) bool {
+	return c != nil && e.ran && c.result == nil && e.outcome != vmm.BootTimeout &&
+		!errors.Is(e.err, errTimeout) && !errors.As(e.err, new(*killedError))
+}
+
+// report says how the command ended.
+func (c *command) report(r *Result) {
+	r.Outcome, r.ExitCode, r.Message = outcomeExited, c.result.Code, c.result.Problem
+	if !c.result.Ran {
+		r.Outcome = outcomeNotRun
+	}
+	r.Command = &CommandResult{Status: c.result.Code, Signal: c.result.Signal, Kernel: c.result.Kernel, Lost: c.result.Lost}
+	if len(c.result.Lost) > 0 {
+		r.Message = strings.TrimPrefix(r.Message+"; "+strings.Join(c.result.Lost, "; "), "; ")
+	}
+}
+
+// close puts the terminal back.
+func (c *command) close() error {
+	if c == nil {
+		return nil
+	}
+	signal.Stop(c.resized)
+	close(c.resized)
+	return c.streams.Close()
+}
+
+// signal passes a signal on to the command. It reports false if there is none to
+// pass it to.
+func (c *command) signal(sig unix.Signal) bool {
+	if c == nil {
+		return false
+	}
+	select {
+	case <-c.session.Started():
+		return c.session.Signal(int(sig))
+	default:
+		return false
+	}
+}
+
+// tail keeps the last bytes written to it.
+type tail struct {
+	mu sync.Mutex
+	b  []byte // guarded by mu
+}
+
+// Write implements io.Writer.
+func (t *tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, p...)
+	if len(t.b) > 2*tailBytes {
+		t.b = append(t.b[:0], t.b[len(t.b)-tailBytes:]...)
+	}
+	return len(p), nil
+}
+
+// lines returns the last whole lines, without what moves a cursor or rings a bell.
+func (t *tail) lines() []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	b := t.b[max(0, len(t.b)-tailBytes):]
+	var lines []string
+	for line := range bytes.Lines(b) {
+		clean := strings.Map(func(r rune) rune {
+			if r < ' ' && r != '\t' || r == 0x7f {
+				return -1
+			}
+			return r
+		}, string(bytes.TrimRight(line, "\r\n")))
+		if clean != "" {
+			lines = append(lines, clean)
+		}
+	}
+	return lines[max(0, len(lines)-tailLines):]
+}
+
+// show writes the last lines of the console for a person.
+func (t *tail) show(w io.Writer) {
+	lines := t.lines()
+	if len(lines) == 0 {
+		return
+	}
+	var s strings.Builder
+	s.WriteString("calf: the last lines of the guest's console:\n")
+	for _, line := range lines {
+		fmt.Fprintf(&s, "    %s\n", line)
+	}
+	_, _ = io.WriteString(w, s.String()) // who cannot be told is not told
+}
