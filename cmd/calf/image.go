@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/signal"
+	"runtime/debug"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -79,12 +80,17 @@ func imageVerbs() []verbGroup {
 	}
 }
 
+// verbMemory is how much of calf's own memory a verb makes do with, if it can: beyond
+// it garbage is collected more often.
+const verbMemory = 150 << 20
+
 // addVerb adds a verb to cmd. It is done until a signal ends it, and what goes
 // wrong with it ends calf as qemu-img ends.
 func addVerb(cmd, verb *cobra.Command) {
 	refuseFlags(verb)
 	run, args := verb.RunE, verb.Args
 	verb.RunE = func(cmd *cobra.Command, args []string) error {
+		debug.SetMemoryLimit(verbMemory)
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal ends calf at once

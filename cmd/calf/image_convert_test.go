@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -282,6 +283,43 @@ func TestConvertNoRoom(t *testing.T) {
 			t.Errorf("%s left %v", format, names)
 		}
 	}
+}
+
+// TestConvertFullDisk fills a file system, says which image it was for, and leaves
+// nothing there. A compact finds out before.
+func TestConvertFullDisk(t *testing.T) {
+	t.Chdir(t.TempDir())
+	must(t, "mkdir", "small")
+	if err := syscall.Mount("none", "small", "tmpfs", 0, "size=4m"); err != nil {
+		t.Skipf("a small file system cannot be mounted: %v", err)
+	}
+	defer func() {
+		if err := syscall.Unmount("small", 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "in", "8M")
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 0 8M", "in")
+	empty := func(what string) {
+		t.Helper()
+		if left, err := os.ReadDir("small"); err != nil || len(left) > 0 {
+			t.Errorf("%s leaves %v, %v", what, left, err)
+		}
+	}
+	for _, flags := range []string{"-O raw", "-O qcow2", "-O raw -o preallocation=falloc"} {
+		code, _, messages := calf(t, append(append([]string{"image", "convert"}, strings.Fields(flags)...), "in", "small/out")...)
+		if code != 1 || !strings.Contains(messages, "small/out") || !strings.Contains(messages, "no space left") {
+			t.Errorf("%s: code %d, %s", flags, code, messages)
+		}
+		empty(flags)
+	}
+	must(t, "qemu-img", "create", "-q", "-f", "qcow2", "small/fat.qcow2", "8M")
+	must(t, "qemu-io", "-c", "write -P 5 0 2500k", "small/fat.qcow2")
+	if code, _, messages := calf(t, "image", "compact", "small/fat.qcow2"); code != 1 || !strings.Contains(messages, "make room") {
+		t.Errorf("code %d, %s", code, messages)
+	}
+	must(t, "rm", "small/fat.qcow2")
+	empty("compact")
 }
 
 // TestConvertSalvage reads an image whose clusters are damaged, as qemu-img does.
@@ -577,7 +615,7 @@ func TestConvertOffload(t *testing.T) {
 	for _, size := range []string{"3M", "3000001"} {
 		must(t, "rm", "-f", "in")
 		must(t, "truncate", "-s", size, "in")
-		must(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("write -P 5 %d 1M", r.Int64N(2<<20)), "in")
+		must(t, "qemu-io", "-f", "raw", "-c", fmt.Sprintf("write -P 5 %d 1M", r.Int64N(1<<20)), "in")
 		must(t, "qemu-img", "convert", "-f", "raw", "-O", "raw", "in", "want")
 		mustCalf(t, "image", "convert", "-q", "-C", "in", "out")
 		must(t, "cmp", "out", "want")
@@ -591,5 +629,26 @@ func TestConvertOffload(t *testing.T) {
 		if code, _, messages := calf(t, append(append([]string{"image", "convert"}, strings.Fields(flags)...), "in", "new")...); code != 1 || !strings.Contains(messages, "-C") {
 			t.Errorf("%q: code %d, %s", flags, code, messages)
 		}
+	}
+}
+
+// TestConvertMemory copies what takes most memory, with as many CPUs as a server has.
+func TestConvertMemory(t *testing.T) {
+	built, _ := debug.ReadBuildInfo()
+	if testing.Short() || slices.Contains(built.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		t.Skip("it takes a while, and memory of its own under the race detector")
+	}
+	t.Chdir(t.TempDir())
+	const options = "cluster_size=2M,compression_type=zstd"
+	must(t, "qemu-img", "create", "-q", "-f", "raw", "raw", "160M")
+	must(t, "qemu-io", "-f", "raw", "-c", "write -P 5 0 160M", "raw")
+	must(t, "qemu-img", "convert", "-c", "-o", options, "-f", "raw", "-O", "qcow2", "raw", "in.qcow2")
+	cmd := command("image", "convert", "-q", "-m", "16", "-c", "-o", options, "in.qcow2", "out.qcow2")
+	cmd.Env = append(cmd.Environ(), "GOMAXPROCS=16")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v, %s", err, out)
+	}
+	if most := cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss; most > 200<<10 {
+		t.Errorf("it took %d KiB", most)
 	}
 }

@@ -190,7 +190,7 @@ func (c *compacting) fill(ctx context.Context, temp string, info *qcow2.Info) (e
 func (c *compacting) copyAll(ctx context.Context, copied *copying, to *Image) error {
 	plain, packed := diskSink{to}, packedSink{diskSink{to}, to.QCOW2}
 	if c.Compress {
-		copied.to = packed
+		copied.packing(packed)
 		return copied.disk(ctx)
 	}
 	// A range of compressed clusters has no others in it, as those of both images
@@ -199,7 +199,8 @@ func (c *compacting) copyAll(ctx context.Context, copied *copying, to *Image) er
 	if err := copied.disk(ctx); err != nil {
 		return err
 	}
-	copied.to, copied.leave = packed, func(m *qcow2.Mapping) bool { return m.Kind != qcow2.MapCompressed }
+	copied.packing(packed)
+	copied.leave = func(m *qcow2.Mapping) bool { return m.Kind != qcow2.MapCompressed }
 	return copied.disk(ctx)
 }
 

@@ -251,7 +251,7 @@ func (v *conversion) fill(ctx context.Context, path string, fresh bool) (err err
 	v.fresh = fresh && v.base == nil
 	v.to = diskSink{to}
 	if v.Compress {
-		v.to = packedSink{diskSink{to}, to.QCOW2}
+		v.packing(packedSink{diskSink{to}, to.QCOW2})
 	}
 	if from, ok := v.from.(joined); ok && v.Offload && len(from) == 1 && from[0].raw != nil && to.raw != nil {
 		v.offload = func(off, n int64) error { return from[0].raw.CopyRange(to.raw.Raw, off, n) }

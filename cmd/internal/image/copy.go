@@ -103,6 +103,14 @@ const (
 // defaultWorkers is how many pieces are in work at once unless it is said.
 func defaultWorkers() int { return max(4, runtime.GOMAXPROCS(0)) }
 
+// packing makes packed, which compresses clusters, the sink. Each worker that does so
+// has an encoder, which takes memory for several clusters, and a CPU.
+func (c *copying) packing(packed packedSink) {
+	const memory, clusters = 96 << 20, 8
+	c.to = packed
+	c.workers = max(1, min(c.workers, runtime.GOMAXPROCS(0), int(memory/(clusters*packed.grain()))))
+}
+
 // run has workers do the pieces that produce emits, until one fails or ctx is done.
 func (c *copying) run(ctx context.Context, produce func(ctx context.Context, emit func(piece) error) error) error {
 	ctx, fail := context.WithCancelCause(ctx)
