@@ -13,7 +13,7 @@ import (
 // or somewhere, with both programs.
 func TestImageCompare(t *testing.T) {
 	r := newRandomImages(t)
-	for range rounds(t, 12) {
+	for range rounds(t, 8) {
 		t.Chdir(t.TempDir())
 		name, format := r.chain("one")
 		copied, o := "copy", []string{"-O", "raw"}

@@ -18,7 +18,7 @@ import (
 // TestImageInfo prints what random images say of themselves with both programs.
 func TestImageInfo(t *testing.T) {
 	r := newRandomImages(t)
-	for range rounds(t, 15) {
+	for range rounds(t, 10) {
 		t.Chdir(t.TempDir())
 		name, format := r.chain("layer")
 		if r.IntN(2) == 0 {
@@ -338,7 +338,7 @@ func TestImageInfoRandomDamage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range rounds(t, 150) {
+	for range rounds(t, 100) {
 		b := append([]byte(nil), good[:4+r.IntN(len(good)-4)]...)
 		for range 1 + r.IntN(6) {
 			b[4+r.IntN(min(len(b)-4, 300))] = byte(r.Uint32()) //nolint:gosec // G115: a byte

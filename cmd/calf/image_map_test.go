@@ -16,7 +16,7 @@ func withoutCompressed(s string) string {
 // same but for what is compressed.
 func TestImageMap(t *testing.T) {
 	r := newRandomImages(t)
-	for range rounds(t, 20) {
+	for range rounds(t, 12) {
 		t.Chdir(t.TempDir())
 		name, format := r.chain("layer")
 		for _, flags := range [][]string{

@@ -10,7 +10,7 @@ import (
 // sizes, images and options.
 func TestImageMeasure(t *testing.T) {
 	r := newRandomImages(t)
-	for range rounds(t, 10) {
+	for range rounds(t, 6) {
 		t.Chdir(t.TempDir())
 		name, format := r.chain("source")
 		sources := [][]string{{name}, {name, "-U"}, {"--size", fmt.Sprint(r.Int64N(1 << uint(r.IntN(44))))}}

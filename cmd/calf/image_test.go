@@ -333,7 +333,7 @@ func TestImageForceShare(t *testing.T) {
 // TestImageCheckRandom checks random images, all sound, with both programs.
 func TestImageCheckRandom(t *testing.T) {
 	r := newRandomImages(t)
-	for range rounds(t, 12) {
+	for range rounds(t, 8) {
 		t.Chdir(t.TempDir())
 		name, format := r.chain("layer")
 		both(t, "check", "-f", format, name)

@@ -1,6 +1,15 @@
 package image
 
-import "testing"
+import (
+	"context"
+	"errors"
+	"io"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/calfvm/calf/qcow2"
+)
 
 func TestParseSize(t *testing.T) {
 	for s, want := range map[string]int64{
@@ -15,5 +24,36 @@ func TestParseSize(t *testing.T) {
 		if got, err := ParseSize(s); err == nil {
 			t.Errorf("%q is %d", s, got)
 		}
+	}
+}
+
+// TestReadersAreCanceled ends the verbs that read for long before they begin.
+func TestReadersAreCanceled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "a.qcow2")
+	if _, err := Create(path, QCOW2, CreateOptions{CreateOptions: qcow2.CreateOptions{Size: 1 << 30}}, true); err != nil {
+		t.Fatal(err)
+	}
+	m, err := Open(path, OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(m.WritevAt([][]byte{{1}}, 1<<20), m.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var out strings.Builder
+	code, err := Compare(ctx, &out, [2]string{path, path}, [2]OpenOptions{}, false, nil)
+	if code != CompareNotRead || !errors.Is(err, context.Canceled) || out.Len() > 0 {
+		t.Errorf("compare: code %d, %v, %s", code, err, out.String())
+	}
+	if err := Map(ctx, io.Discard, path, OpenOptions{ReadOnly: true}, MapRange{Most: -1}, true); !errors.Is(err, context.Canceled) {
+		t.Errorf("map: %v", err)
+	}
+	if _, err := MeasureCopy(ctx, path, OpenOptions{}, QCOW2, CreateOptions{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("measure: %v", err)
+	}
+	if _, code, err := Check(ctx, path, QCOW2, CheckOptions{}); code != CheckFailed || !errors.Is(err, context.Canceled) {
+		t.Errorf("check: code %d, %v", code, err)
 	}
 }
