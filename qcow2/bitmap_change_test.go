@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"maps"
 	"math/rand/v2"
 	"net"
@@ -643,5 +644,44 @@ func TestBitmapExtension(t *testing.T) {
 	closeImage(t, m)
 	if !bytes.Equal(f.data[:65536], b[:65536]) {
 		t.Error("the header has changed")
+	}
+}
+
+// TestDirtyRangesOfChanged changes the bitmaps while one is read, which ends with an
+// error rather than with what has come into its clusters.
+func TestDirtyRangesOfChanged(t *testing.T) {
+	path := withBitmaps(t, CreateOptions{Size: 8 << 20, ClusterSize: 512})
+	qemu(t, "qemu-img", "bitmap", "--enable", path, "b")
+	qemu(t, "qemu-io", "-f", "qcow2", "-c", "write 3M 512", "-c", "write 5M 512", path)
+	m := open(t, path, Options{})
+	next, stop := iter.Pull2(m.DirtyRanges("b")) // of an entry for each 2 MiB
+	defer stop()
+	if r, err, ok := next(); !ok || err != nil || r != (Range{100 << 10, 200 << 10}) {
+		t.Fatalf("%v, %v, %v", r, err, ok)
+	}
+	must(t, m.ClearBitmap(t.Context(), "b"))
+	if r, err, ok := next(); !ok || err == nil || !strings.Contains(err.Error(), "while bitmaps changed") {
+		t.Errorf("%v, %v, %v", r, err, ok)
+	}
+}
+
+// TestBitmapTail makes a disk shorter inside a dirty range: the bits behind its end are
+// zeros, as the format has it, and the disk gains none of them back.
+func TestBitmapTail(t *testing.T) {
+	m := open(t, withBitmaps(t, CreateOptions{Size: 1 << 20}), Options{})
+	must(t, m.Resize(t.Context(), 200<<10, ResizeOptions{Shrink: true}))
+	b, err := m.loadBitmap("b")
+	must(t, err)
+	data := make([]byte, m.clusterSize)
+	must(t, readFull(m.file, data, int64(b.table[0])))
+	if first := nextBit(data, 0, 8<<16, true); first != 200 {
+		t.Errorf("bit %d is the first", first)
+	}
+	if last := nextBit(data, 400, 8<<16, true); last != 8<<16 {
+		t.Errorf("bit %d is set, behind the end of the disk", last)
+	}
+	must(t, m.Resize(t.Context(), 2<<20, ResizeOptions{}))
+	if got, err := dirtyOf(m, "b"); err != nil || !slices.Equal(got, []Range{{100 << 10, 100 << 10}}) {
+		t.Errorf("%v, %v", got, err)
 	}
 }

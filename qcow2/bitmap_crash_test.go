@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"path/filepath"
 	"reflect"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -56,8 +57,8 @@ type bitmapCase struct {
 
 // bitmapCases differ in where the header has room for an extension.
 var bitmapCases = []bitmapCase{
-	{workload: workload{opts: CreateOptions{Size: 1<<20 + 512, ClusterSize: 512}}},
-	{workload: workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 4096}, under: 4096}}, // the name of the backing file has to move
+	{workload: workload{opts: CreateOptions{Size: 5<<20 + 512, ClusterSize: 512}}}, // with tables of several entries
+	{workload: workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 4096}, under: 4096, prepare: longName}},
 	{workload: workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 4096}, prepare: withExtension(488)}, void: true},
 	{workload: workload{opts: CreateOptions{Size: 1 << 20, ClusterSize: 64 << 10}}},
 }
@@ -69,6 +70,16 @@ func withExtension(n int) func(testing.TB, string) {
 		copy(b[headerLengthOur:4096], append(appendExtension(nil, 0x12345678, make([]byte, n)), b[headerLengthOur:4096]...))
 		writeFile(t, path, b)
 	}
+}
+
+// longName gives the backing file a name that is longer than the extension, before
+// which it has to move.
+func longName(t testing.TB, path string) {
+	b := readFile(t, path)
+	name := strings.Repeat("./", 40) + "base"
+	copy(b[field(b, offBackingName):4096], name)
+	put(b, offBackingName+8, 4, uint64(len(name)))
+	writeFile(t, path, b)
 }
 
 // bitmapRun records the script. It also returns the bitmaps of the other image.
