@@ -174,7 +174,7 @@ func (h *header) withBacking(first []byte, name, format string) (b, ext []byte) 
 	be.PutUint64(b[offBackingName:], 0)
 	be.PutUint32(b[offBackingName+8:], uint32(len(name))) //nolint:gosec // G115: checked
 	if name != "" {
-		be.PutUint64(b[offBackingName:], uint64(len(b)-len(name)))
+		be.PutUint64(b[offBackingName:], uint64(len(b)-len(name))) //nolint:gosec // G115: positive
 	}
 	if h.version > 2 {
 		const known = 1<<autoclearBitmaps | 1<<autoclearRawData

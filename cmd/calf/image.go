@@ -74,6 +74,7 @@ func imageVerbs() []verbGroup {
 			newImageRebase(),
 		}},
 		{"To use and measure them:", []*cobra.Command{
+			newImageBench(),
 			newImageServe(),
 			newImageIO(),
 		}},

@@ -146,7 +146,7 @@ func TestCommit(t *testing.T) {
 			theirs, err := exec.Command("qemu-img", append([]string{"commit"}, flags...)...).CombinedOutput()
 			t.Chdir("..")
 			// QEMU cannot make a disk of version 2 longer that lies over another.
-			if (code == 0) != (err == nil) && !(code == 0 && strings.Contains(string(theirs), "not supported")) {
+			if (code == 0) != (err == nil) && (code != 0 || !strings.Contains(string(theirs), "not supported")) {
 				t.Fatalf("%q: code %d, qemu-img's %v; %s\n%s", flags, code, err, messages, theirs)
 			}
 			if code == 0 && (out != "Image committed.\n" || messages != "") {

@@ -45,6 +45,9 @@ var refusedFlags = map[string][]refusedFlag{
 		{"tls-authz", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
 		{"tls-creds", "", true, "there is no TLS: use a Unix socket, or a tunnel such as ssh -L"},
 	},
+	"bench": {
+		{"native", "n", false, "requests go to the host by preadv and pwritev alone"},
+	},
 	"rebase": {
 		{"force-share", "U", false, "an image that changes is not shared: close the program that uses it"},
 	},
