@@ -33,7 +33,7 @@ var (
 // rootTools are the programs on the outer machine's root disk, besides busybox.
 var rootTools = []string{
 	"dash", "qemu-img", "qemu-io", "qemu-nbd", "qemu-system-x86_64",
-	"mke2fs", "e2fsck", "debugfs", "mkfs.xfs", "fio",
+	"mke2fs", "e2fsck", "debugfs", "mkfs.xfs", "sfdisk", "fio",
 }
 
 // rootData are the data files that rootTools need, where they exist.

@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The first process of a guest, as a distribution's initramfs would have it:
-# loads the drivers and hands over to the root file system on the first virtio
-# disk, mounted read-write. What runs there is /script of this initramfs where
+# loads the drivers and hands over to the root file system that root= names, on
+# the first virtio disk if nothing does, mounted read-write. What runs there is /script of this initramfs where
 # it has one, else /sbin/init of the root. With noroot on the command line the
 # script runs right here. If it ends, the kernel panics.
 export PATH=/bin
@@ -14,11 +14,17 @@ done </modules/order
 if grep -qw noroot /proc/cmdline; then
 	exec sh /script
 fi
+root=/dev/vda
+for arg in $(cat /proc/cmdline); do
+	case $arg in
+	root=*) root=${arg#root=} ;;
+	esac
+done
 i=0
-until [ -b /dev/vda ] || [ $((i += 1)) -gt 100 ]; do
+until [ -b "$(findfs "$root" 2>/dev/null)" ] || [ $((i += 1)) -gt 100 ]; do
 	sleep 0.1
 done
-mount -t ext4 /dev/vda /mnt || exit 1
+mount -t ext4 "$(findfs "$root")" /mnt || exit 1
 for dir in dev proc sys; do
 	mount -o move "/$dir" "/mnt/$dir"
 done

@@ -25,14 +25,14 @@
 //
 // # How the outer machine is made
 //
-// A root disk with busybox, QEMU's tools, e2fsprogs, xfsprogs, fio and the kernels is made
-// once and cached; it is mounted at /. A scratch disk made for the run is
-// mounted at /lab and holds the command, the files it was given and its
-// temporary directory. The first process is the very executable that built the
-// machine, in another role (see agent.go). It talks to the host over three
-// virtio-console ports: standard output, standard error, and a tar stream that
-// ends with the exit status, so nothing that the command prints can be mistaken
-// for it.
+// A root disk with busybox, QEMU's tools, e2fsprogs, xfsprogs, sfdisk, fio and
+// the kernels is made once and cached; it is mounted at /. A scratch disk made
+// for the run is mounted at /lab and holds the command, the files it was given
+// and its temporary directory. The first process is the very executable that
+// built the machine, in another role (see agent.go). It talks to the host over
+// three virtio-console ports: standard output, standard error, and a tar stream
+// that ends with the exit status, so nothing that the command prints can be
+// mistaken for it.
 package lab
 
 import (

@@ -3,7 +3,6 @@ package find
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -78,11 +77,12 @@ type menu struct {
 	items []*item
 }
 
-// item is an entry of a menu, or a menu in it.
+// item is an entry of a menu, or a menu in it. Its body is run when it is chosen.
 type item struct {
 	title, id string
 	body      []*statement
-	sub       *menu
+	args      []string // what the body sees as $1, $2 and so on: the title, and the rest
+	isMenu    bool
 	ready     *entry // instead of a body
 }
 
@@ -237,12 +237,7 @@ func (g *grubShell) expand(words []word) []string {
 // and succeeds.
 func (g *grubShell) command(name string, args []string, bodies [][]*statement) (ok bool, err error) {
 	if body, ok := g.functions[name]; ok {
-		for i := range 9 {
-			g.env[strconv.Itoa(i+1)] = ""
-			if i < len(args) {
-				g.set(strconv.Itoa(i+1), args[i])
-			}
-		}
+		g.setArgs(args)
 		return g.run(body)
 	}
 	if variable, _, ok := strings.Cut(name, "="); ok {
@@ -291,6 +286,16 @@ func (g *grubShell) command(name string, args []string, bodies [][]*statement) (
 		return true, g.load(name, args)
 	}
 	return true, nil
+}
+
+// setArgs makes $1 to $9 the arguments of a function or an entry.
+func (g *grubShell) setArgs(args []string) {
+	for i := range 9 {
+		g.env[strconv.Itoa(i+1)] = ""
+		if i < len(args) {
+			g.set(strconv.Itoa(i+1), args[i])
+		}
+	}
 }
 
 // spent is errSteps if no command may be run any more.
@@ -425,12 +430,12 @@ func (g *grubShell) loadEnv(args []string) {
 	}
 }
 
-// addItem adds an entry to the menu, or a menu with its entries.
+// addItem adds an entry to the menu, or a menu.
 func (g *grubShell) addItem(kind string, args []string, bodies [][]*statement) error {
 	if len(g.menu.items) >= maxEntries {
 		return fmt.Errorf("it has more than %d entries", maxEntries)
 	}
-	it, titled := &item{}, false
+	it := &item{isMenu: kind == "submenu"}
 	for i := 0; i < len(args); i++ {
 		option, value, has := strings.Cut(args[i], "=")
 		switch option {
@@ -443,45 +448,41 @@ func (g *grubShell) addItem(kind string, args []string, bodies [][]*statement) e
 				it.id = value
 			}
 		default:
-			if !titled && !strings.HasPrefix(option, "--") {
-				it.title, titled = args[i], true
+			if !strings.HasPrefix(option, "--") {
+				it.args = append(it.args, args[i])
 			}
 		}
+	}
+	if len(it.args) > 0 {
+		it.title = it.args[0]
 	}
 	if len(bodies) > 0 {
 		it.body = bodies[0]
 	}
 	g.menu.items = append(g.menu.items, it)
-	if kind == "menuentry" {
-		return nil
-	}
-	outer, env := g.menu, maps.Clone(g.env)
-	it.sub = &menu{}
-	g.menu = it.sub
-	_, err := g.run(it.body)
-	g.menu, g.env = outer, env
-	return err
+	return nil
 }
 
 // choose returns the entry that the variable default names, which may lead through
 // menus; what names none is the first one.
 func (g *grubShell) choose() (*entry, error) {
-	at, left := g.menu, g.env["default"]
+	left := g.env["default"]
 	for {
-		if len(at.items) == 0 {
+		if len(g.menu.items) == 0 {
 			return nil, errors.New("it has no entries")
 		}
-		it, rest := at.find(left)
-		if it.sub != nil {
-			at, left = it.sub, rest
-			continue
-		}
+		var it *item
+		it, left = g.menu.find(left)
 		if it.ready != nil {
 			return it.ready, nil
 		}
-		g.chosen = entry{title: it.title}
+		g.menu, g.chosen = &menu{}, entry{title: it.title}
+		g.setArgs(it.args)
 		if _, err := g.run(it.body); err != nil {
 			return nil, fmt.Errorf("entry %q: %w", it.title, err)
+		}
+		if it.isMenu {
+			continue
 		}
 		if g.chosen.kernel == nil {
 			return nil, fmt.Errorf("entry %q starts no Linux", it.title)

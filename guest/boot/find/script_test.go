@@ -80,6 +80,30 @@ func TestScript(t *testing.T) {
 	}
 }
 
+// TestEntries starts entries whose arguments and functions matter.
+func TestEntries(t *testing.T) {
+	for script, want := range map[string]string{
+		"menuentry a { linux /v $1; }":                                                      "a",
+		"menuentry --class x 'a b' --users '' c d { linux /v $1 $2 $3 $4; }":                "a b c d",
+		"for i in a b; do menuentry $i $i.x { linux /v $2; }; done; default=b":              "b.x",
+		"function f { linux /v $1; }; menuentry a { f b; }":                                 "b",
+		"menuentry a --id=x { linux /v x; }\nmenuentry b --id y { linux /v y; }\ndefault=y": "y",
+		"x=1; submenu a { x=2; menuentry b { linux /v $x; }; }":                             "2",
+		"x=1; menuentry a { x=2; linux /v $x; x=3; }":                                       "2",
+		"menuentry a { linux /none; }":                                                      "",
+	} {
+		g := shell(tree{"boot/grub/grub.cfg": script, "v": ""})
+		err := g.source("/boot/grub/grub.cfg")
+		var e *entry
+		if err == nil {
+			e, err = g.choose()
+		}
+		if (err == nil) != (want != "") || err == nil && strings.Join(e.args, " ") != want {
+			t.Errorf("%s: %+v, %v; want %q", script, e, err, want)
+		}
+	}
+}
+
 func TestSyntax(t *testing.T) {
 	for _, script := range []string{
 		"if true; then", "if true", "if true; fi", "menuentry a {", "}", "set a='b", `set a="b`, `set a="b\`, "while true; do", "for x in a b",
