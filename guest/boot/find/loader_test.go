@@ -170,7 +170,8 @@ func TestFedora(t *testing.T) {
 		want found
 	}{
 		{"newest", disk, want("6.11.4-301.fc39.x86_64", " rootflags=subvol=root")},
-		{"saved", disk.with("grub2/grubenv", "saved_entry=4f2f2c-6.5.6-300.fc39.x86_64\nboot_success=0\nboot_counter=0\n"), want("6.5.6-300.fc39.x86_64", " rootflags=subvol=root")},
+		{"saved", disk.with("grub2/grubenv", "saved_entry=4f2f2c-6.5.6-300.fc39.x86_64\n"), want("6.5.6-300.fc39.x86_64", " rootflags=subvol=root")},
+		{"a boot has failed", disk.with("grub2/grubenv", "saved_entry=4f2f2c-0-rescue\nboot_success=0\nboot_counter=0\n"), want("0-rescue", " rootflags=subvol=root")},
 		{"by number", disk.with("grub2/grubenv", "saved_entry=2\n"), want("0-rescue", " rootflags=subvol=root")},
 		{
 			"variables in the environment",

@@ -67,15 +67,15 @@ func plain(v *volume, dir, name string) (*entry, error) {
 	return e, nil
 }
 
-// kernelVersion returns the version in the name of a kernel. Those that are for
-// rescue, or have been replaced, are none.
+// kernelVersion returns the version in the name of a kernel. One that has been
+// replaced, or that is kept for a crash, is none.
 func kernelVersion(name string) (version string, ok bool) {
 	for _, begin := range kernelNames {
 		rest, ok := strings.CutPrefix(name, begin)
 		if !ok || rest != "" && rest[0] != '-' {
 			continue
 		}
-		if strings.Contains(rest, "rescue") || strings.HasSuffix(rest, ".old") || strings.HasSuffix(rest, ".hmac") || strings.HasSuffix(rest, "-kdump") {
+		if strings.HasSuffix(rest, ".old") || strings.HasSuffix(rest, ".hmac") || strings.HasSuffix(rest, "-kdump") {
 			return "", false
 		}
 		return strings.TrimPrefix(rest, "-"), true

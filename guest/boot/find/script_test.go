@@ -139,6 +139,11 @@ func TestEndless(t *testing.T) {
 			if took := time.Since(began); took > 20*time.Second {
 				t.Errorf("it took %v", took)
 			}
+			for name, value := range g.env {
+				if len(value) > maxValue {
+					t.Errorf("%s is %d bytes long", name, len(value))
+				}
+			}
 			if len(g.env) > maxEntries || len(g.menu.items) > maxEntries {
 				t.Errorf("%d variables, %d entries", len(g.env), len(g.menu.items))
 			}

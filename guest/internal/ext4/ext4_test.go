@@ -91,11 +91,11 @@ func tree(t testing.TB) string {
 		copy(sparse[off:], filled(4096))
 	}
 	add("sparse", sparse)
-	for i := range 100 {
+	for i := range 200 {
 		add(fmt.Sprintf("many/%s-%03d", strings.Repeat("x", 200), i), fmt.Append(nil, i))
 	}
 	for name, target := range map[string]string{
-		"short": "a/b/c/deep", "absolute": "/a/b/../b/c/deep", "long": "a/" + strings.Repeat("./", 50) + "b/c/deep", "a/b/up": "../../large",
+		"short": "a/b/c/deep", "absolute": "/a/b/../b/c/deep", "long": "a/" + strings.Repeat("./", 50) + "b/c/deep", "a/b/up": "../../large", "a/b/absolute": "/a/b/c/deep",
 	} {
 		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
@@ -126,9 +126,9 @@ func TestFeatures(t *testing.T) {
 		{"blocks of 2 KiB, no extents", "-t ext4 -b 2048 -O ^extents,^64bit", false, "ext4"},
 		{"blocks of 64 KiB", "-t ext4 -b 65536", false, "ext4"},
 		{"clusters", "-t ext4 -O bigalloc -C 65536", false, "ext4"},
-		{"meta groups", "-t ext4 -b 1024 -g 256 -N 4096 -O meta_bg,^resize_inode,^flex_bg", false, "ext4"},
-		{"meta groups, all with superblocks", "-t ext4 -b 1024 -g 256 -N 4096 -O meta_bg,^resize_inode,^sparse_super,^flex_bg", false, "ext4"},
-		{"meta groups, two superblocks", "-t ext4 -b 1024 -g 256 -N 4096 -O meta_bg,^resize_inode,sparse_super2,^flex_bg", false, "ext4"},
+		{"meta groups", "-t ext4 -b 1024 -g 256 -N 768 -O meta_bg,^resize_inode,^flex_bg", false, "ext4"},
+		{"meta groups, all with superblocks", "-t ext4 -b 1024 -g 256 -N 768 -O meta_bg,^resize_inode,^sparse_super,^flex_bg", false, "ext4"},
+		{"meta groups, two superblocks", "-t ext4 -b 1024 -g 256 -N 768 -O meta_bg,^resize_inode,sparse_super2,^flex_bg", false, "ext4"},
 		{"other features", "-t ext4 -O casefold,encrypt,large_dir,mmp,ea_inode,quota,project,verity", false, "ext4"},
 		{"ext3", "-t ext3", true, "ext3"},
 		{"ext2", "-t ext2", false, "ext2"},
