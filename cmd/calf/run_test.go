@@ -123,13 +123,25 @@ func TestBadInput(t *testing.T) {
 		{"neither file nor image", func(_ *testing.T, dir string) []string { return []string{dir + "/data.img"} }, 1, []string{"data.img", "format=raw"}},
 		{"two arguments", func(*testing.T, string) []string { return []string{"a.qcow2", "b.qcow2"} }, 1, []string{"--disk"}},
 		{"flag of a command", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--copy", ".:/src"} }, 1, []string{"--copy is for a command in the guest: add -- COMMAND"}},
-		{"console of a command", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--console", "stdio", "--", "true"} }, 1, []string{"standard output is that of the command"}},
-		{"copy to nowhere", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--copy", ".", "--", "true"} }, 1, []string{"the path in the guest is missing"}},
-		{"copy of nothing", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--copy", "no-such-file:/src", "--", "true"} }, 1, []string{"no-such-file: no such file"}},
+		{"console of a command", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--console", "stdio", "--", "true"}
+		}, 1, []string{"standard output is that of the command"}},
+		{"copy to nowhere", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--copy", ".", "--", "true"}
+		}, 1, []string{"the path in the guest is missing"}},
+		{"copy of nothing", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--copy", "no-such-file:/src", "--", "true"}
+		}, 1, []string{"no-such-file: no such file"}},
 		{"target of no copy", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", ":/src", "--", "true"} }, 1, []string{"belongs to no --copy"}},
-		{"artifact from nowhere", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--artifact", "x=y", "--", "true"} }, 1, []string{"FROM is a path in the guest"}},
-		{"unset variable", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "-e", "NO_SUCH_VARIABLE", "--", "true"} }, 1, []string{"there is no such variable here"}},
-		{"variable without a name", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--env", "=x", "--", "true"} }, 1, []string{"the name of the variable is missing"}},
+		{"artifact from nowhere", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--artifact", "x=y", "--", "true"}
+		}, 1, []string{"FROM is a path in the guest"}},
+		{"unset variable", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "-e", "NO_SUCH_VARIABLE", "--", "true"}
+		}, 1, []string{"there is no such variable here"}},
+		{"variable without a name", func(_ *testing.T, dir string) []string {
+			return []string{dir + "/ci.toml", "--env", "=x", "--", "true"}
+		}, 1, []string{"the name of the variable is missing"}},
 		{"unknown flag", func(*testing.T, string) []string { return []string{"--cpu", "2"} }, 1, []string{"--cpu"}},
 		{"bad flags", func(_ *testing.T, dir string) []string {
 			return []string{dir + "/ci.toml", "--cpus", "many", "--memory", "0", "--disk", "x.qcow2,quees=1"}

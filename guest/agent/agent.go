@@ -82,6 +82,9 @@ type Result struct {
 	// 126 or 127.
 	Ran     bool
 	Problem string
+	// Uncopied is why a file of the host could not be copied to the guest, empty if
+	// all were. The command was not started then.
+	Uncopied string
 	// Lost are artifacts that could not be had, and why.
 	Lost []string
 	// Kernel is the release of the guest's kernel.
@@ -103,6 +106,7 @@ type Session struct {
 	conn      Conn                  // guarded by mu; of control messages, nil before they can be sent
 	size      *Size                 // guarded by mu; that the guest has not been told
 	lost      []string              // guarded by mu
+	uncopied  string                // guarded by mu
 	transfers sync.WaitGroup
 }
 
@@ -212,7 +216,9 @@ func (st *stream) drain(c Conn) {
 // guest notices.
 func (s *Session) pack(c Conn, t Transfer) {
 	if err := archive.Pack(c, t.From); err != nil {
-		s.lose(fmt.Errorf("copying %s to the guest: %w", t.From, err))
+		s.mu.Lock()
+		s.uncopied = fmt.Sprintf("copying %s to the guest: %v", t.From, err)
+		s.mu.Unlock()
 		return
 	}
 	_ = c.CloseWrite()
@@ -224,9 +230,7 @@ func (s *Session) unpack(c Conn, t Transfer) {
 	defer s.transfers.Done()
 	if err := archive.Unpack(c, t.To, archive.Options{}); err != nil {
 		s.lose(fmt.Errorf("artifact %s to %s: %w", t.From, t.To, err))
-		return
 	}
-	_, _ = io.Copy(io.Discard, c) // what pads the archive
 }
 
 func (s *Session) lose(err error) {
@@ -335,7 +339,7 @@ func (s *Session) finish(ctx context.Context, r *Result) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.Lost = s.lost
+	r.Lost, r.Uncopied = s.lost, s.uncopied
 	return nil
 }
 

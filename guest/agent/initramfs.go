@@ -52,7 +52,7 @@ func readProgram(path string) ([]byte, error) {
 	}
 	program, err := elf.NewFile(bytes.NewReader(b))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, fmt.Errorf("%s is no program in ELF format: %w", path, err)
 	}
 	for _, p := range program.Progs {
 		if p.Type == elf.PT_INTERP {

@@ -195,7 +195,11 @@ func (c *command) died(e end) bool {
 // report says how the command ended.
 func (c *command) report(r *Result) {
 	r.Outcome, r.ExitCode, r.Message = outcomeExited, c.result.Code, c.result.Problem
-	if !c.result.Ran {
+	switch {
+	case c.result.Uncopied != "":
+		r.Outcome, r.ExitCode, r.Message = outcomeError, ExitError, c.result.Uncopied
+		return
+	case !c.result.Ran:
 		r.Outcome = outcomeNotRun
 	}
 	r.Command = &CommandResult{Status: c.result.Code, Signal: c.result.Signal, Kernel: c.result.Kernel, Lost: c.result.Lost}

@@ -3,7 +3,6 @@ package pid1
 import (
 	"errors"
 	"fmt"
-	"io"
 
 	"golang.org/x/sys/unix"
 
@@ -18,11 +17,7 @@ func (c *command) copyIn() error {
 		if err != nil {
 			return err
 		}
-		err = archive.Unpack(in, dest, archive.Options{})
-		if err == nil {
-			_, err = io.Copy(io.Discard, in) // what pads the archive
-		}
-		if err = errors.Join(err, in.Close()); err != nil {
+		if err = errors.Join(archive.Unpack(in, dest, archive.Options{}), in.Close()); err != nil {
 			return fmt.Errorf("copying to %s in the guest: %w", dest, err)
 		}
 	}

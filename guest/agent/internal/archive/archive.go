@@ -1,6 +1,7 @@
 // Package archive packs files and trees into tar archives and unpacks them, on
 // either side of a guest. What is unpacked stays inside its destination, whatever
-// the archive says.
+// the archive says. A line follows the archive, by which one that has been cut off
+// between two files is told from a whole one.
 package archive
 
 import (
@@ -18,6 +19,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// end follows an archive.
+const end = "calf: end of archive\n"
+
+// errCut is why an archive is not taken for a whole one.
+var errCut = errors.New("the archive was cut off")
+
 // Pack writes what is at name, a file or a tree, to w. Sockets, FIFOs and devices in
 // a tree are left out. A tree is called "." in its archive, a file by its last name.
 func Pack(w io.Writer, name string) error {
@@ -31,7 +38,20 @@ func Pack(w io.Writer, name string) error {
 	} else {
 		err = packFile(t, name, filepath.Base(name), info)
 	}
-	return errors.Join(err, t.Close())
+	if err = errors.Join(err, t.Close()); err != nil {
+		return err
+	}
+	_, err = io.WriteString(w, end)
+	return err
+}
+
+// readEnd reads what follows an archive.
+func readEnd(r io.Reader) error {
+	b, err := io.ReadAll(io.LimitReader(r, int64(len(end))+1))
+	if err == nil && string(b) != end {
+		err = errCut
+	}
+	return err
 }
 
 func packTree(t *tar.Writer, name string) error {
@@ -126,7 +146,7 @@ func Unpack(r io.Reader, dest string, o Options) error {
 		return fmt.Errorf("the archive is empty or broken: %w", err)
 	}
 	if first.Typeflag == tar.TypeReg {
-		return unpackFile(t, first, dest, o)
+		return unpackFile(r, t, first, dest, o)
 	}
 	if err := os.MkdirAll(dest, 0o755); err != nil {
 		return err
@@ -142,13 +162,13 @@ func Unpack(r io.Reader, dest string, o Options) error {
 		}
 	}
 	if errors.Is(err, io.EOF) {
-		err = u.finish()
+		err = errors.Join(readEnd(r), u.finish())
 	}
 	return errors.Join(err, root.Close())
 }
 
 // unpackFile unpacks the only file of an archive.
-func unpackFile(t *tar.Reader, h *tar.Header, dest string, o Options) (err error) {
+func unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, dest string, o Options) (err error) {
 	if info, err := os.Stat(dest); strings.HasSuffix(dest, "/") || err == nil && info.IsDir() {
 		dest = filepath.Join(dest, path.Base(h.Name))
 	}
@@ -167,9 +187,9 @@ func unpackFile(t *tar.Reader, h *tar.Header, dest string, o Options) (err error
 		return err
 	}
 	if _, err := t.Next(); !errors.Is(err, io.EOF) {
-		return fmt.Errorf("the archive of a file has more than that: %w", errors.Join(err))
+		return errors.Join(errors.New("the archive of a file has more than that, or was cut off"), err)
 	}
-	return u.finish()
+	return readEnd(r)
 }
 
 // unpacking is an Unpack of a tree.
