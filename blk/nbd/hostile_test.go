@@ -3,14 +3,18 @@ package nbd_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
+	"path/filepath"
 	"runtime"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/blk/nbd"
 )
@@ -324,4 +328,47 @@ func exercise(c *client, structured bool, base int, model []byte, steps int, see
 			}
 		}
 	}
+}
+
+// sickListener fails as it is told to.
+type sickListener struct {
+	net.Listener
+	errs chan error
+}
+
+func (l sickListener) Accept() (net.Conn, error) {
+	select {
+	case err := <-l.errs:
+		return nil, &net.OpError{Op: "accept", Err: err}
+	default:
+		return l.Listener.Accept()
+	}
+}
+
+// TestAcceptErrors goes on after those that pass, and ends with any other.
+func TestAcceptErrors(t *testing.T) {
+	srv, err := nbd.New(export(thin(4096)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &server{t: t, srv: srv, path: path, done: make(chan error, 1)}
+	sick := sickListener{ln, make(chan error, 2)}
+	sick.errs <- unix.EMFILE
+	sick.errs <- unix.ECONNABORTED
+	go func() { s.done <- srv.Serve(t.Context(), sick) }()
+	c := s.enter(false)
+	sick.errs <- unix.EINVAL
+	if nc, err := net.Dial("unix", path); err == nil { // wakes it
+		_ = nc.Close()
+	}
+	if err := s.wait(); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("Serve ends with %v", err)
+	}
+	c.gone()
+	noneLeft(t)
 }

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -551,6 +553,95 @@ func TestHostileRequests(t *testing.T) {
 			c.gone()
 			other.request(0, flush, 3, 0, 0)
 			other.ok(3)
+		})
+	}
+}
+
+// TestWholeReplies sends large replies that may not have parts beside small ones,
+// which must not get between them.
+func TestWholeReplies(t *testing.T) {
+	const n = 1 * mib
+	disk := thin(n)
+	disk.Fault = func(op string, off int64) error {
+		if op == "read" && off > 0 {
+			time.Sleep(time.Millisecond) // in the middle of a reply
+		}
+		return nil
+	}
+	s := serve(t, export(disk))
+	for _, structured := range []bool{false, true} {
+		c := s.enter(structured)
+		flags, requests := uint16(0), []byte(nil)
+		if structured {
+			flags = df
+		}
+		for i := range uint64(20) {
+			requests = append(requests, encode(request, flags, read, i, uint64(0), uint32(n))...)
+			for range 10 {
+				requests = append(requests, encode(request, uint16(0), flush, uint64(99), uint64(0), uint32(0))...)
+			}
+		}
+		go func() { _, _ = c.nc.Write(requests) }()
+		for range 20 + 20*10 {
+			switch magic := binary.BigEndian.Uint32(c.get(4)); {
+			case magic == chunk:
+				c.skip(make([]byte, 16), uint64(0))
+				c.want(disk.Bytes, chunk, uint16(1), uint16(0))
+				c.skip(make([]byte, 12))
+			case magic != simple:
+				t.Fatalf("a message begins with %x", magic)
+			case binary.BigEndian.Uint64(c.get(12)[4:]) != 99:
+				c.want(disk.Bytes)
+			}
+		}
+	}
+}
+
+// rudeDisk is a Mapper that breaks its promises.
+type rudeDisk struct {
+	*blktest.Thin
+	extents []nbd.Extent
+}
+
+func (d *rudeDisk) Extents(int64, int64) iter.Seq2[nbd.Extent, error] {
+	return func(yield func(nbd.Extent, error) bool) {
+		for _, e := range d.extents {
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
+// TestRudeMapper answers with what is asked for, whatever a disk says of itself.
+func TestRudeMapper(t *testing.T) {
+	const n = 64 * kib
+	for name, c := range map[string]struct {
+		extents []nbd.Extent
+		want    []uint32
+	}{
+		"nothing":  {nil, []uint32{n, 0}},
+		"too much": {[]nbd.Extent{{Length: 1 << 62}}, []uint32{n, 0}},
+		"too many": {[]nbd.Extent{{Length: n - 4096}, {Length: n, Status: 2}, {Length: n}}, []uint32{n - 4096, 0, 4096, 2}},
+		"no range": {[]nbd.Extent{{Length: -5, Status: 2}, {Status: 2}, {Length: n}}, []uint32{n, 0}},
+		"a part":   {[]nbd.Extent{{Length: 4096, Status: 3}}, []uint32{4096, 3, n - 4096, 0}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			disk := &rudeDisk{thin(n), c.extents}
+			cl := serve(t, export(disk)).enter(true)
+			cl.request(0, status, 1, 0, n)
+			cl.want(chunk, uint16(1), uint16(5), uint64(1), uint32(4+4*len(c.want)), uint32(0), c.want)
+			want := bytes.Clone(disk.Bytes)
+			for i, off := 0, uint32(0); i < len(c.want); i += 2 {
+				if c.want[i+1]&2 != 0 {
+					clear(want[off:][:c.want[i]])
+				}
+				off += c.want[i]
+			}
+			cl.request(0, read, 2, 0, n)
+			if got, _ := cl.collect(2, 0, n); !bytes.Equal(got, want) {
+				t.Error("the data differs")
+			}
 		})
 	}
 }
