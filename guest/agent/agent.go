@@ -101,13 +101,14 @@ type Session struct {
 	started  chan struct{} // closed when the command runs
 	over     chan struct{} // closed when Run returns
 
-	mu        sync.Mutex
-	taken     map[wire.Opening]bool // guarded by mu
-	conn      Conn                  // guarded by mu; of control messages, nil before they can be sent
-	size      *Size                 // guarded by mu; that the guest has not been told
-	lost      []string              // guarded by mu
-	uncopied  string                // guarded by mu
-	transfers sync.WaitGroup
+	mu       sync.Mutex
+	taken    map[wire.Opening]bool // guarded by mu
+	conn     Conn                  // guarded by mu; of control messages, nil before they can be sent
+	size     *Size                 // guarded by mu; that the guest has not been told
+	lost     []string              // guarded by mu
+	uncopied string                // guarded by mu
+
+	artifacts chan struct{} // receives one for each artifact that has come or failed
 }
 
 // stream is a stream from the guest; done is closed at its end.
@@ -122,7 +123,7 @@ func NewSession(c Command, s Streams) *Session {
 		command: c, streams: s,
 		out: &stream{s.Out, make(chan struct{})}, err: &stream{s.Err, make(chan struct{})},
 		control: make(chan Conn, 1), started: make(chan struct{}), over: make(chan struct{}),
-		taken: map[wire.Opening]bool{},
+		taken: map[wire.Opening]bool{}, artifacts: make(chan struct{}, len(c.Artifacts)),
 	}
 }
 
@@ -189,9 +190,6 @@ func (s *Session) take(o wire.Opening) bool {
 		return false
 	}
 	s.taken[o] = true
-	if o.Stream == wire.Artifact {
-		s.transfers.Add(1) // before the guest says that it is done
-	}
 	return true
 }
 
@@ -227,7 +225,7 @@ func (s *Session) pack(c Conn, t Transfer) {
 
 // unpack takes files of the guest.
 func (s *Session) unpack(c Conn, t Transfer) {
-	defer s.transfers.Done()
+	defer func() { s.artifacts <- struct{}{} }()
 	if err := archive.Unpack(c, t.To, archive.Options{}); err != nil {
 		s.lose(fmt.Errorf("artifact %s to %s: %w", t.From, t.To, err))
 	}
@@ -252,33 +250,33 @@ func (s *Session) Run(ctx context.Context) (*Result, error) {
 	}
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
-	r, err := s.talk(c)
+	r, artifacts, err := s.talk(c)
 	switch {
 	case ctx.Err() != nil:
 		return nil, context.Cause(ctx)
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrNoStatus, err)
 	}
-	return r, s.finish(ctx, r)
+	return r, s.finish(ctx, r, artifacts)
 }
 
-// talk is the exchange of messages.
-func (s *Session) talk(c Conn) (*Result, error) {
+// talk is the exchange of messages. artifacts is how many are to come.
+func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 	in := c.(*opened).r
-	result := &Result{}
+	result = &Result{}
 	for {
 		var m wire.ToHost
 		if err := wire.Read(in, &m); err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		switch {
 		case m.Hello != nil:
 			result.Kernel = m.Hello.Kernel
 			if err := s.begin(c); err != nil {
-				return nil, err
+				return nil, 0, err
 			}
 			if len(s.command.Args) == 0 {
-				return result, nil
+				return result, 0, nil
 			}
 		case m.Started && !result.Ran:
 			result.Ran = true
@@ -289,7 +287,7 @@ func (s *Session) talk(c Conn) (*Result, error) {
 			result.Problem = m.Problem.Text
 		case m.Exit != nil:
 			result.Code, result.Signal = m.Exit.Code&0xff, m.Exit.Signal
-			return result, nil
+			return result, min(m.Exit.Artifacts, len(s.command.Artifacts)), nil
 		}
 	}
 }
@@ -319,23 +317,24 @@ func (s *Session) begin(c Conn) error {
 	return wire.Write(c, wire.ToGuest{Start: start})
 }
 
-// finish waits for what the command has written, and for its files.
-func (s *Session) finish(ctx context.Context, r *Result) error {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		if r.Ran {
-			<-s.out.done
+// finish waits for what the command has written, and for its artifacts.
+func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
+	var waits []<-chan struct{}
+	if r.Ran {
+		waits = append(waits, s.out.done)
+	}
+	if r.Ran && s.command.Terminal == nil {
+		waits = append(waits, s.err.done)
+	}
+	for range artifacts {
+		waits = append(waits, s.artifacts)
+	}
+	for _, w := range waits {
+		select {
+		case <-w:
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
-		if r.Ran && s.command.Terminal == nil {
-			<-s.err.done
-		}
-		s.transfers.Wait()
-	}()
-	select {
-	case <-done:
-	case <-ctx.Done():
-		return context.Cause(ctx)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

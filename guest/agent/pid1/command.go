@@ -62,11 +62,12 @@ func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
 	status := reapUntil(c.pid)
 	_ = unix.Kill(-1, unix.SIGKILL) // whoever it has left, so that its streams end
 	c.streams.Wait()
-	c.copyOut()
+	exit := wire.Exit{Code: status.ExitStatus(), Artifacts: c.copyOut()}
 	if status.Signaled() {
-		return wire.Exit{Code: 128 + int(status.Signal()), Signal: int(status.Signal())}
+		exit.Signal = int(status.Signal())
+		exit.Code = 128 + exit.Signal
 	}
-	return wire.Exit{Code: status.ExitStatus()}
+	return exit
 }
 
 // begin starts the command. The kind of an error is one of wire's.

@@ -24,11 +24,13 @@ func (c *command) copyIn() error {
 	return nil
 }
 
-// copyOut sends the host what it wants. It is told of what cannot be had.
-func (c *command) copyOut() {
+// copyOut sends the host what it wants, and returns how much of that it has begun to
+// send. The host is told of what cannot be had.
+func (c *command) copyOut() (begun int) {
 	for i, name := range c.start.Artifacts {
 		out, err := dial(wire.Artifact, i)
 		if err == nil {
+			begun++
 			err = archive.Pack(out, name)
 			_ = unix.Shutdown(int(out.Fd()), unix.SHUT_WR)
 			_ = out.Close()
@@ -37,4 +39,5 @@ func (c *command) copyOut() {
 			c.host.problem(wire.ArtifactLost, fmt.Errorf("artifact %s: %w", name, err))
 		}
 	}
+	return begun
 }

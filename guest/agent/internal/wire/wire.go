@@ -54,6 +54,8 @@ type Hello struct {
 type Exit struct {
 	Code   int `json:"code"`
 	Signal int `json:"signal,omitempty"` // the number of the one that ended it, or 0
+	// Artifacts is how many artifacts are on their way.
+	Artifacts int `json:"artifacts,omitempty"`
 }
 
 // Problem is what went wrong in the guest.
