@@ -261,7 +261,9 @@ func TestNotRun(t *testing.T) {
 func TestGreedyGuest(t *testing.T) {
 	_, _, _, err := run(t, Command{Args: []string{"x"}, Copies: []Transfer{{"/etc/hostname", "/in"}}}, "secret", func(g *fakeGuest) {
 		control, _, _ := g.begin()
-		_ = g.dial(wire.Stdin, 0)
+		if got := read(t, g.dial(wire.Stdin, 0)); got != "secret" {
+			t.Errorf("the input is %q", got)
+		}
 		for _, o := range []wire.Opening{
 			{Stream: wire.Control}, {Stream: wire.Stdin}, {Stream: wire.Stdin, Index: 1}, {Stream: wire.Copy, Index: 1},
 			{Stream: wire.Copy, Index: -1}, {Stream: wire.Artifact}, {Stream: "shell"}, {},
