@@ -34,6 +34,8 @@ func TestCompact(t *testing.T) {
 					must(t, "qemu-img", "snapshot", "-d", s.Name, name)
 				}
 			}
+			// QEMU leaves faults where a snapshot took more than narrow counts hold.
+			qemuImg(t, "check", "-q", "-r", "all", "-f", format, name)
 			must(t, "qemu-img", "convert", "-f", format, "-O", "raw", name, "want")
 			_, info := qemuImg(t, "info", "-f", format, name)
 			before := onDisk(t, name)

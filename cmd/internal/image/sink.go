@@ -1,8 +1,6 @@
 package image
 
 import (
-	"io"
-
 	"github.com/calfvm/calf/qcow2"
 )
 
@@ -60,35 +58,6 @@ func (p packedSink) write(data []byte, off int64) error {
 			return err
 		}
 		data, off = data[n:], off+n
-	}
-	return nil
-}
-
-// streamSink writes to something that takes bytes in order, and zeros for what is
-// left out.
-type streamSink struct {
-	w   io.Writer
-	off int64 // how far it is
-}
-
-func (*streamSink) grain() int64 { return 1 }
-
-func (s *streamSink) write(p []byte, off int64) error {
-	if err := s.zero(s.off, off-s.off); err != nil {
-		return err
-	}
-	n, err := s.w.Write(p)
-	s.off += int64(n)
-	return err
-}
-
-func (s *streamSink) zero(off, n int64) error {
-	for end := off + n; s.off < end; {
-		k, err := s.w.Write(zeros[:min(end-s.off, int64(len(zeros)))])
-		s.off += int64(k)
-		if err != nil {
-			return err
-		}
 	}
 	return nil
 }
