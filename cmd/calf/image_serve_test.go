@@ -319,7 +319,7 @@ func TestServeKilled(t *testing.T) {
 	r := newRand(t)
 	scribbled(t, r, "base.qcow2")
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "a.qcow2", "128M")
-	for round := range 4 {
+	for round := range min(rounds(t, 4), 20) { // as many marks as there is room for
 		s := serve(t, 1, "-t", "-k", "s", "-e", "20", "a.qcow2")
 		mark := fmt.Sprintf("-P %d %dM 3M", 10+round, 64+3*round)
 		qemuIOFormat(t, "raw", s.uris[0], "write "+mark, "flush")
