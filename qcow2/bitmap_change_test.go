@@ -473,7 +473,7 @@ func TestBitmapRefused(t *testing.T) {
 		{readFile(t, create(t, CreateOptions{Size: 64 << 40})), add("x", 4096), ErrUnsupported, "512 MiB"},
 		{full, add("x", 0), ErrUnsupported, "no room"},
 		{good, func(m *Image) error { return m.RemoveBitmap(ctx, "x") }, ErrNoBitmap, `"x"`},
-		{good, func(m *Image) error { return m.ClearBitmap(ctx, "x") }, ErrNoBitmap, `"x"`},
+		{good, func(m *Image) error { return m.ClearBitmap(ctx, "x") }, ErrNoBitmap, `bitmap "x"; it has "a", "b"`},
 		{good, func(m *Image) error { return m.MergeBitmap(ctx, "a", m, "x") }, ErrNoBitmap, `"x"`},
 		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.ClearBitmap(ctx, "a") }, ErrBitmapInUse, "calf image bitmap -f qcow2 --remove"},
 		{patched(good, dir+12, 4, 3), func(m *Image) error { return m.EnableBitmap(ctx, "a") }, ErrBitmapInUse, ""},

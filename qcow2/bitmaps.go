@@ -3,7 +3,7 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
-	"slices"
+	"strings"
 )
 
 // Flags of a bitmap in the directory.
@@ -198,11 +198,24 @@ func (l *bitmapList) decode() []Bitmap {
 
 // find returns the index of the bitmap with the given name.
 func (l *bitmapList) find(name string) (int, error) {
-	i := slices.IndexFunc(l.rows, func(row bitmapRow) bool { return row.name() == name })
-	if i < 0 {
-		return 0, &Error{Kind: ErrNoBitmap, What: fmt.Sprintf("the image has no persistent bitmap %q", name)}
+	const shown = 8
+	var names []string
+	for i, row := range l.rows {
+		if row.name() == name {
+			return i, nil
+		}
+		if i < shown {
+			names = append(names, fmt.Sprintf("%.60q", row.name()))
+		}
 	}
-	return i, nil
+	missing := &Error{Kind: ErrNoBitmap, What: fmt.Sprintf("the image has no persistent bitmap %.60q", name)}
+	if len(names) > 0 {
+		missing.Mend = "it has " + strings.Join(names, ", ")
+	}
+	if more := len(l.rows) - shown; more > 0 {
+		missing.Mend += fmt.Sprintf(" and %d more", more)
+	}
+	return 0, missing
 }
 
 // loadExtensions reads the header extensions.
