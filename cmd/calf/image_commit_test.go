@@ -114,7 +114,7 @@ func sound(t *testing.T, layers ...layer) {
 // it had, and the overlay shows the same as before.
 func TestCommit(t *testing.T) {
 	r := newRand(t)
-	cases := 40
+	cases := 20
 	if testing.Short() {
 		cases = 8
 	}

@@ -55,7 +55,7 @@ func ownClusters(t *testing.T, path string) (n int) {
 // than those, unless they are compressed.
 func TestRebase(t *testing.T) {
 	r := newRand(t)
-	cases := 40
+	cases := 20
 	if testing.Short() {
 		cases = 8
 	}

@@ -10,7 +10,8 @@ import (
 
 // watchedDisk is a disk of a mebibyte that takes a while and notes what is done to it.
 type watchedDisk struct {
-	all chan struct{} // closed once as many requests are under way as are to be
+	all  chan struct{} // closed once as many requests are under way as are to be
+	late time.Time     // when nobody waits for that any more
 
 	mu              sync.Mutex
 	want            int64 // how many that is
@@ -21,7 +22,7 @@ type watchedDisk struct {
 }
 
 func newWatchedDisk(want int64) *watchedDisk {
-	return &watchedDisk{all: make(chan struct{}), want: want, offs: map[int64]int{}}
+	return &watchedDisk{all: make(chan struct{}), late: time.Now().Add(10 * time.Second), want: want, offs: map[int64]int{}}
 }
 
 func (d *watchedDisk) request(off int64) error {
@@ -35,7 +36,7 @@ func (d *watchedDisk) request(off int64) error {
 	d.mu.Unlock()
 	select {
 	case <-d.all:
-	case <-time.After(10 * time.Second): // there will not be so many
+	case <-time.After(time.Until(d.late)):
 	}
 	time.Sleep(100 * time.Microsecond)
 	d.mu.Lock()
