@@ -342,3 +342,21 @@ func TestImageCheckRandom(t *testing.T) {
 		}
 	}
 }
+
+// TestSizesLikeQEMU prints sizes around the ends of units.
+func TestSizesLikeQEMU(t *testing.T) {
+	t.Chdir(t.TempDir())
+	for _, size := range []string{"512", "999", "1000", "1023", "1024", "1000k", "1001k", "999424", "1000M", "1023M", "1024M", "1500M", "999G", "1000G", "3T"} {
+		if err := os.WriteFile("disk.img", nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		n, err := image.ParseSize(size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate("disk.img", n&^511); err != nil {
+			t.Fatal(err)
+		}
+		both(t, "info", "-f", "raw", "disk.img")
+	}
+}

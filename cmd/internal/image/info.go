@@ -3,6 +3,7 @@ package image
 import (
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -10,8 +11,6 @@ import (
 	"syscall"
 	"time"
 	"unicode/utf8"
-
-	"github.com/docker/go-units"
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/qcow2"
@@ -313,9 +312,12 @@ func (p *printer) snapshots(all []qcow2.Snapshot) {
 	}
 }
 
-// humanSize is a size with a unit and up to three digits, as qemu-img shows it.
+// humanSize is a size with a unit and up to three digits, as qemu-img shows it: a
+// thousand of a unit is less than one of the next.
 func humanSize(n int64) string {
-	return units.CustomSize("%.3g %s", float64(n), 1024, []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"})
+	_, bits := math.Frexp(float64(n) * 1024 / 1000)
+	unit := max(0, bits-1) / 10
+	return fmt.Sprintf("%.3g %s", math.Ldexp(float64(n), -10*unit), []string{"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}[unit])
 }
 
 // Tree draws a chain of images, each under the one that lies over it, with their
