@@ -14,6 +14,7 @@ import (
 
 	"github.com/creack/pty"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 )
 
 // qemuExerciser runs qemu-io on input.
@@ -206,9 +207,7 @@ func TestImageIOTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer tty.Close()
-	if err := tty.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
-		t.Fatal(err)
-	}
+	defer time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill() }).Stop() // which ends the reads, too
 	var seen bytes.Buffer
 	await := func(what string) {
 		t.Helper()
@@ -250,5 +249,45 @@ func TestImageIOTerminal(t *testing.T) {
 	send("\x04")
 	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
 		t.Errorf("%v, want exit code 1, because commands failed", err)
+	}
+}
+
+// TestImageIOTerminalIsRestored is ended by a signal while it waits for a line.
+func TestImageIOTerminalIsRestored(t *testing.T) {
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	defer slave.Close()
+	before, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exerciser()
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer time.AfterFunc(20*time.Second, func() { _ = cmd.Process.Kill(); _ = master.Close() }).Stop()
+	var seen []byte
+	for b := make([]byte, 64); !bytes.HasSuffix(seen, []byte("qemu-io> ")); {
+		n, err := master.Read(b)
+		if err != nil {
+			t.Fatalf("%v after %q", err, seen)
+		}
+		seen = append(seen, b[:n]...)
+	}
+	if raw, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS); err != nil || *raw == *before {
+		t.Errorf("the terminal is not raw, %v", err)
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); cmd.ProcessState.ExitCode() != 1 {
+		t.Errorf("%v, want exit code 1", err)
+	}
+	if after, err := unix.IoctlGetTermios(int(slave.Fd()), unix.TCGETS); err != nil || *after != *before {
+		t.Errorf("the terminal is %+v, %v; it was %+v", after, err, before)
 	}
 }
