@@ -82,8 +82,9 @@ func isZero(p []byte) bool {
 	return bytes.Equal(p, zeros[:len(p)])
 }
 
-// packRun is how many host clusters the packer takes at a time, so that what is
-// compressed together lies together.
+// packRun is how many host clusters the packer takes at a time, at most, so that
+// what is compressed together lies together. In a short file it takes fewer: what
+// it does not fill in the end is a hole in the file.
 const packRun = 16
 
 // packer says where compressed clusters go: one after the other, across the
@@ -94,9 +95,15 @@ const packRun = 16
 // is not lowered, so that it is not taken for free between the last reference
 // that goes and the next that comes.
 type packer struct {
-	next, end int64 // the room left, in bytes of the file; end is that of a cluster
-	held      map[uint64]*packed
+	gap
+	spare gap // what was left of an earlier one, in one cluster
+	held  map[uint64]*packed
 }
+
+// gap is room in the file, [next, end) in bytes; end is that of a cluster.
+type gap struct{ next, end int64 }
+
+func (g gap) left() int64 { return g.end - g.next }
 
 // packed is a host cluster that the packer holds.
 type packed struct {
@@ -189,11 +196,14 @@ func (g *geometry) touched(p place) (first, last uint64) {
 // if the pool is empty. mu is held exclusively.
 func (m *Image) packRoom(n int64) (int64, error) {
 	k := &m.packer
-	if h := k.held[m.cluster(k.next)]; m.inCluster(k.next) != 0 && h.refs == m.maxCount() {
-		m.movePacker(m.offset(m.cluster(k.next)+1), k.end)
+	if k.spare.left() >= n && !m.packedFull(k.spare) {
+		return k.spare.take(n), nil
 	}
-	if k.end-k.next < n {
-		e := m.pool.take(packRun)
+	if m.packedFull(k.gap) {
+		m.movePacker(gap{m.offset(m.cluster(k.next) + 1), k.end})
+	}
+	if k.left() < n {
+		e := m.pool.take(min(packRun, 1+m.cluster(k.end)/512))
 		if e.n == 0 {
 			return 0, nil
 		}
@@ -210,12 +220,35 @@ func (m *Image) packRoom(n int64) (int64, error) {
 		next := k.next
 		if m.offset(e.start) != k.end {
 			next = m.offset(e.start)
+			m.keepSpare()
 		}
-		m.movePacker(next, m.offset(e.start+e.n))
+		m.movePacker(gap{next, m.offset(e.start + e.n)})
 	}
-	off := k.next
-	k.next += n
-	return off, nil
+	return k.take(n), nil
+}
+
+// take takes n bytes, which there are.
+func (g *gap) take(n int64) int64 {
+	g.next += n
+	return g.next - n
+}
+
+// packedFull reports whether g goes on in a cluster that has as many references as
+// can be counted.
+func (m *Image) packedFull(g gap) bool {
+	return m.inCluster(g.next) != 0 && m.packer.held[m.cluster(g.next)].refs == m.maxCount()
+}
+
+// keepSpare keeps what is left of the packer's room, less than a cluster, if it is
+// more than what is spare already.
+func (m *Image) keepSpare() {
+	k := &m.packer
+	if k.left() <= k.spare.left() {
+		return
+	}
+	old := k.spare
+	k.spare = k.gap
+	m.letGo(m.cluster(old.next))
 }
 
 // maxCount is the greatest reference count.
@@ -225,11 +258,11 @@ func (g *geometry) maxCount() uint64 { return math.MaxUint64 >> (64 - 1<<g.refco
 // can point to.
 func (g *geometry) packLimit() uint64 { return 1 << min(70-2*g.clusterBits, 56-g.clusterBits) }
 
-// movePacker makes [next, end) the room of the packer, which leaves the cluster
-// that it would have gone on in.
-func (m *Image) movePacker(next, end int64) {
+// movePacker gives the packer the room g. It leaves the cluster that it would have
+// gone on in.
+func (m *Image) movePacker(g gap) {
 	left := m.cluster(m.packer.next)
-	m.packer.next, m.packer.end = next, end
+	m.packer.gap = g
 	m.letGo(left)
 }
 
@@ -237,10 +270,18 @@ func (m *Image) movePacker(next, end int64) {
 func (m *Image) sealPacker() {
 	first := m.cluster(m.packer.next + m.clusterSize - 1)
 	rest := extent{start: first, n: m.cluster(m.packer.end) - first}
-	m.movePacker(0, 0)
+	spare := m.cluster(m.packer.spare.next)
+	m.packer.spare = gap{}
+	m.letGo(spare)
+	m.movePacker(gap{})
 	if rest.n > 0 {
 		m.pool.recycle(rest)
 	}
+}
+
+// goesOnIn reports whether g goes on in host cluster h, part of which is taken.
+func (m *Image) goesOnIn(h uint64, g gap) bool {
+	return m.inCluster(g.next) != 0 && m.cluster(g.next) == h
 }
 
 // letGo ends the packer's hold on host cluster h, unless more may be put into it
@@ -248,8 +289,7 @@ func (m *Image) sealPacker() {
 // is held exclusively.
 func (m *Image) letGo(h uint64) {
 	p := m.packer.held[h]
-	open := m.inCluster(m.packer.next) != 0 && m.cluster(m.packer.next) == h
-	if p == nil || p.writers > 0 || open {
+	if p == nil || p.writers > 0 || m.goesOnIn(h, m.packer.gap) || m.goesOnIn(h, m.packer.spare) {
 		return
 	}
 	delete(m.packer.held, h)

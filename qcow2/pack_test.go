@@ -242,6 +242,31 @@ func TestPackDensely(t *testing.T) {
 	}
 }
 
+// TestPackSpare writes compressed clusters with others in between, so that no two of
+// their host clusters are neighbours. Of each group the third fits into what the first
+// left of its own, and into nothing else.
+func TestPackSpare(t *testing.T) {
+	const groups = 10
+	m := open(t, create(t, CreateOptions{Size: 8 * groups << 16}), Options{})
+	r := newSeed(t)
+	before, off := m.Stats().Allocated, int64(0)
+	for range groups {
+		for _, size := range []int{40000, 60000, 20000, 60000} {
+			b := make([]byte, 1<<16)
+			fillRandom(r, b[:size])
+			must(t, m.WriteCompressed(b, off))
+			fillRandom(r, b)
+			must(t, m.WritevAt([][]byte{b}, off+1<<16))
+			off += 2 << 16
+		}
+	}
+	if n := m.Stats().Allocated - before - 4*groups; n > 3*groups+2 {
+		t.Errorf("%d host clusters, want 3 for each of %d groups", n, groups)
+	}
+	closeImage(t, m)
+	qemu(t, "qemu-img", "check", "-q", m.path)
+}
+
 func TestWriteCompressedRefusals(t *testing.T) {
 	path := create(t, CreateOptions{Size: 100352})
 	m := open(t, path, Options{})

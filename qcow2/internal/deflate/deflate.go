@@ -48,10 +48,10 @@ var efforts = [MaxLevel + 1]effort{
 	2: {depth: 3, nice: 16},
 	3: {depth: 4, nice: 24, lazy: 8},
 	4: {depth: 6, nice: 32, lazy: 16},
-	5: {depth: 8, nice: 48, lazy: 24},
-	6: {depth: 16, nice: 96, lazy: 48}, // smaller than zlib's 6 with the same window
-	7: {depth: 32, nice: 130, lazy: 96},
-	8: {depth: 100, nice: maxMatch, lazy: maxMatch},
+	5: {depth: 10, nice: 64, lazy: 32},
+	6: {depth: 28, nice: 130, lazy: 64}, // smaller than zlib's 6 with the same window
+	7: {depth: 64, nice: maxMatch, lazy: 130},
+	8: {depth: 200, nice: maxMatch, lazy: maxMatch},
 	9: {depth: MaxDistance, nice: maxMatch, lazy: maxMatch},
 }
 
