@@ -66,6 +66,13 @@ soak: ## many writers on one image, every read verified; SOAK='-for 10m'
 bench:
 	$(GO) test -run='^$$' -bench=. -benchmem $(UNIT)
 
+# What make image-bench passes to the command; its -help lists more.
+IMAGE_BENCH ?= -rounds 7
+
+.PHONY: image-bench
+image-bench: build ## calf image beside qemu-img, as a table
+	$(GO) run ./cmd/internal/imagebench -calf bin/calf $(IMAGE_BENCH)
+
 .PHONY: lint
 lint: ## formatting and linters
 	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo "not gofmt'ed:"; echo "$$unformatted"; exit 1; }
