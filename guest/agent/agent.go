@@ -98,6 +98,7 @@ type Session struct {
 
 	out, err *stream // from the guest
 	control  chan Conn
+	up       chan struct{} // closed when the guest is ready
 	started  chan struct{} // closed when the command runs
 	over     chan struct{} // closed when Run returns
 
@@ -105,7 +106,7 @@ type Session struct {
 	taken    map[wire.Opening]bool // guarded by mu
 	conn     Conn                  // guarded by mu; of control messages, nil before they can be sent
 	size     *Size                 // guarded by mu; that the guest has not been told
-	lost     []string              // guarded by mu
+	lost     map[int]string        // guarded by mu; why, by the index of an artifact
 	uncopied string                // guarded by mu
 
 	artifacts chan struct{} // receives one for each artifact that has come or failed
@@ -122,10 +123,13 @@ func NewSession(c Command, s Streams) *Session {
 	return &Session{
 		command: c, streams: s,
 		out: &stream{s.Out, make(chan struct{})}, err: &stream{s.Err, make(chan struct{})},
-		control: make(chan Conn, 1), started: make(chan struct{}), over: make(chan struct{}),
-		taken: map[wire.Opening]bool{}, artifacts: make(chan struct{}, len(c.Artifacts)),
+		control: make(chan Conn, 1), up: make(chan struct{}), started: make(chan struct{}), over: make(chan struct{}),
+		taken: map[wire.Opening]bool{}, lost: map[int]string{}, artifacts: make(chan struct{}, len(c.Artifacts)),
 	}
 }
+
+// Up is closed when the guest is ready to be told what to run.
+func (s *Session) Up() <-chan struct{} { return s.up }
 
 // Started is closed when the command runs.
 func (s *Session) Started() <-chan struct{} { return s.started }
@@ -159,7 +163,7 @@ func (s *Session) Serve(c Conn) {
 	case wire.Copy:
 		s.pack(c, s.command.Copies[o.Index])
 	case wire.Artifact:
-		s.unpack(in, s.command.Artifacts[o.Index])
+		s.unpack(in, o.Index)
 	}
 	_ = c.Close()
 }
@@ -224,17 +228,15 @@ func (s *Session) pack(c Conn, t Transfer) {
 }
 
 // unpack takes files of the guest.
-func (s *Session) unpack(c Conn, t Transfer) {
+func (s *Session) unpack(c Conn, i int) {
 	defer func() { s.artifacts <- struct{}{} }()
-	if err := archive.Unpack(c, t.To, archive.Options{}); err != nil {
-		s.lose(fmt.Errorf("artifact %s to %s: %w", t.From, t.To, err))
-	}
-}
-
-func (s *Session) lose(err error) {
+	t := s.command.Artifacts[i]
+	err := archive.Unpack(c, t.To, archive.Options{})
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lost = append(s.lost, err.Error())
+	if err != nil && s.lost[i] == "" { // the guest knows better
+		s.lost[i] = fmt.Sprintf("artifact %s to %s: %v", t.From, t.To, err)
+	}
 }
 
 // Run, which is called once, waits for the guest, has it run the command, and returns how that ended, with
@@ -270,19 +272,27 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 			return nil, 0, err
 		}
 		switch {
-		case m.Hello != nil:
+		case m.Hello != nil && result.Kernel == "":
 			result.Kernel = m.Hello.Kernel
+			close(s.up)
 			if err := s.begin(c); err != nil {
 				return nil, 0, err
 			}
 			if len(s.command.Args) == 0 {
 				return result, 0, nil
 			}
+		case m.Hello != nil:
+			return nil, 0, errors.New("the guest has begun anew")
 		case m.Started && !result.Ran:
 			result.Ran = true
 			close(s.started)
 		case m.Problem != nil && m.Problem.Kind == wire.ArtifactLost:
-			s.lose(errors.New(m.Problem.Text))
+			if i := m.Problem.Index; i < 0 || i >= len(s.command.Artifacts) {
+				return nil, 0, fmt.Errorf("there is no artifact %d", i)
+			}
+			s.mu.Lock()
+			s.lost[m.Problem.Index] = m.Problem.Text
+			s.mu.Unlock()
 		case m.Problem != nil:
 			result.Problem = m.Problem.Text
 		case m.Exit != nil:
@@ -338,7 +348,12 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.Lost, r.Uncopied = s.lost, s.uncopied
+	r.Uncopied = s.uncopied
+	for i := range s.command.Artifacts {
+		if why := s.lost[i]; why != "" {
+			r.Lost = append(r.Lost, why)
+		}
+	}
 	return nil
 }
 

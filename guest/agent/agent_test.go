@@ -165,7 +165,7 @@ func TestSession(t *testing.T) {
 			t.Error(err)
 		}
 		_ = artifact.Close()
-		g.say(control, wire.ToHost{Problem: &wire.Problem{Kind: wire.ArtifactLost, Text: "artifact /none: no such file"}})
+		g.say(control, wire.ToHost{Problem: &wire.Problem{Kind: wire.ArtifactLost, Text: "artifact /none: no such file", Index: 1}})
 		g.say(control, wire.ToHost{Exit: &wire.Exit{Code: 7, Artifacts: 1}})
 		_, _ = stdout.Write([]byte(" and more")) // which comes after the status
 		_, _ = stdout.Close(), stderr.Close()

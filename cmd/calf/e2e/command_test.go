@@ -5,7 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/calfvm/calf/cmd/internal/lab"
@@ -68,4 +70,115 @@ func TestCommand(t *testing.T) {
 	if !bytes.Equal(before, after) {
 		t.Errorf("the image %s has changed", filepath.Base(image))
 	}
+}
+
+// TestCommandStreams moves megabytes through the streams of a command, and files to
+// the guest and back.
+func TestCommandStreams(t *testing.T) {
+	_, base := commandImage(t)
+	dir := t.TempDir()
+	src, out := filepath.Join(dir, "src dir"), filepath.Join(dir, "out")
+	if err := os.MkdirAll(filepath.Join(src, "deep", "er"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"a": "1", "deep/ü \n x": "2", "deep/er/run.sh": "#!/bin/sh\necho ran >>/src/a\n"} {
+		if err := os.WriteFile(filepath.Join(src, name), []byte(text), 0o755); err != nil { //nolint:gosec // it has to be executed
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("deep/er", filepath.Join(src, "link")); err != nil {
+		t.Fatal(err)
+	}
+	in := noise(1)
+	args := append(append([]string{}, base...),
+		"--copy", src+":/src", "--artifact", ":/src="+out, "--artifact", "/etc/passwd="+dir+"/new/", "--artifact", "/no/such/file",
+		"--", "sh", "-c", "/src/link/run.sh; cat; echo done >&2; exit 3")
+	cmd := exec.Command(lab.Calf(), args...)
+	cmd.Dir = dir
+	stdout, err := os.Create(filepath.Join(dir, "stdout"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdout.Close()
+	cmd.Stdin, cmd.Stdout = bytes.NewReader(in), stdout
+	vm := startCommand(t, cmd)
+	vm.exits(3)
+	if got, err := os.ReadFile(stdout.Name()); err != nil || !bytes.Equal(got, in) {
+		t.Errorf("%d bytes came back, which are not the %d that were sent; %v", len(got), len(in), err)
+	}
+	if !strings.Contains(vm.stderr(), "\ndone\n") || !strings.Contains(vm.stderr(), "/no/such/file") {
+		t.Errorf("it said %q", vm.stderr())
+	}
+	if b, err := os.ReadFile(filepath.Join(out, "a")); err != nil || string(b) != "1ran\n" {
+		t.Errorf("the artifact has %q, %v", b, err)
+	}
+	for _, name := range []string{"deep/ü \n x", "link/run.sh"} {
+		if _, err := os.Stat(filepath.Join(out, name)); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "new", "passwd")); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestCommandEnds ends commands by signals, timeouts and panics, and boots what has
+// been kept.
+func TestCommandEnds(t *testing.T) {
+	image, base := commandImage(t)
+	run := func(t *testing.T, flags []string, script string) *vm {
+		t.Helper()
+		args := append(append(append([]string{}, base...), flags...), "--", "sh", "-c", script)
+		return startCalf(t, args...)
+	}
+	t.Run("signal", func(t *testing.T) {
+		vm := run(t, nil, "trap 'echo trapped; exit 9' TERM; echo ready; while :; do sleep 0.1; done")
+		vm.waitFor("ready\n")
+		vm.signal(syscall.SIGTERM)
+		vm.exits(9)
+		if !strings.HasSuffix(vm.console(), "trapped\n") {
+			t.Errorf("output %q", vm.console())
+		}
+	})
+	t.Run("second signal", func(t *testing.T) {
+		vm := run(t, nil, "trap '' INT; echo ready; while :; do sleep 1; done")
+		vm.waitFor("ready\n")
+		vm.signal(syscall.SIGINT)
+		vm.waitForMessage("a second signal ends the guest")
+		vm.signal(syscall.SIGINT)
+		vm.exits(130)
+	})
+	t.Run("timeout", func(t *testing.T) {
+		vm := run(t, []string{"--timeout", "40s"}, "echo ready; while :; do sleep 1; done")
+		vm.exits(124)
+		if !strings.Contains(vm.stderr(), "the run had not ended after 40s") {
+			t.Errorf("it said %q", vm.stderr())
+		}
+	})
+	t.Run("boot timeout", func(t *testing.T) {
+		vm := run(t, []string{"--boot-timeout", "1s"}, "true")
+		vm.exits(124)
+		if !strings.Contains(vm.stderr(), "boot timeout") {
+			t.Errorf("it said %q", vm.stderr())
+		}
+	})
+	t.Run("panic", func(t *testing.T) {
+		vm := run(t, nil, "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger; sleep 100")
+		vm.exits(255)
+		if s := vm.stderr(); !strings.Contains(s, "panicked") || !strings.Contains(s, "sysrq") {
+			t.Errorf("it said %q", s)
+		}
+	})
+	t.Run("keep", func(t *testing.T) {
+		kept := filepath.Join(filepath.Dir(image), "kept.qcow2")
+		vm := run(t, []string{"--keep", kept}, "echo kept >/file; exit 4")
+		vm.exits(4)
+		again := slices.Clone(base)
+		again[slices.Index(again, image+",format=raw")] = kept
+		vm = startCalf(t, append(again, "--", "cat", "/file")...)
+		vm.exits(0)
+		if vm.console() != "kept\n" {
+			t.Errorf("output %q", vm.console())
+		}
+	})
 }

@@ -140,7 +140,9 @@ func startCalf(t *testing.T, args ...string) *vm {
 func startCommand(t *testing.T, cmd *exec.Cmd) *vm {
 	t.Helper()
 	v := &vm{t: t, cmd: cmd, done: make(chan struct{}), more: make(chan struct{})}
-	v.cmd.Stdout = stream{v, &v.out}
+	if v.cmd.Stdout == nil {
+		v.cmd.Stdout = stream{v, &v.out}
+	}
 	v.cmd.Stderr = stream{v, &v.errs}
 	if err := v.cmd.Start(); err != nil {
 		t.Fatal(err)

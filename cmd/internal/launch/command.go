@@ -20,8 +20,10 @@ import (
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
-	"github.com/calfvm/calf/vmm"
 )
+
+// errBootTimeout ends a guest that has not been ready for its command in time.
+var errBootTimeout = errors.New("launch: boot timeout")
 
 // errCommandDone ends a guest whose command has ended.
 var errCommandDone = errors.New("launch: the command has ended")
@@ -124,19 +126,13 @@ func (c *command) initrd() ([]byte, error) {
 }
 
 func (c *command) cmdline(cfg *config.Config) string {
-	if c == nil {
-		return cfg.Boot.Cmdline
-	}
 	readOnly := len(cfg.Disks) > 0 && cfg.Disks[0].ReadOnly
 	return strings.TrimSpace(agent.Cmdline(readOnly) + " " + cfg.Boot.Cmdline)
 }
 
 // console is where the guest's console goes that is to go to out, which may be nil.
 func (c *command) console(out io.Writer) io.Writer {
-	switch {
-	case c == nil:
-		return out
-	case out == nil:
+	if out == nil {
 		return &c.tail
 	}
 	return io.MultiWriter(&c.tail, out)
@@ -151,10 +147,21 @@ func (c *command) serve() func(agent.Conn) {
 }
 
 // begin waits for the command in a goroutine of its own. When it has ended, end is
-// called, which ends the guest, unless that does so itself.
-func (c *command) begin(ctx context.Context, end func(error)) {
+// called, which ends the guest, unless that does so itself; likewise if the guest is
+// not ready for it within bootTimeout, which is no limit if it is 0.
+func (c *command) begin(ctx context.Context, end func(error), bootTimeout time.Duration) {
 	if c == nil {
 		return
+	}
+	if bootTimeout > 0 {
+		late := time.AfterFunc(bootTimeout, func() { end(errBootTimeout) })
+		go func() {
+			select {
+			case <-c.session.Up():
+				late.Stop()
+			case <-c.done:
+			}
+		}()
 	}
 	ctx, c.cancel = context.WithCancelCause(ctx)
 	go func() {
@@ -188,7 +195,7 @@ func (c *command) ended() bool { return c != nil && c.result != nil }
 // died reports whether the guest of a command that ended like e did so without a
 // status, and not at the bidding of calf.
 func (c *command) died(e end) bool {
-	return c != nil && e.ran && c.result == nil && e.outcome != vmm.BootTimeout &&
+	return c != nil && e.ran && c.result == nil && !errors.Is(e.err, errBootTimeout) &&
 		!errors.Is(e.err, errTimeout) && !errors.As(e.err, new(*killedError))
 }
 

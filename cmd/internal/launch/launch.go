@@ -237,7 +237,7 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		return e
 	}
 	e.ran = true
-	cmd.begin(ctx, ctx.end)
+	cmd.begin(ctx, ctx.end, cfg.VM.BootTimeout)
 	e.outcome, e.err = machine.Run(ctx)
 	cmd.wait()
 	if e.outcome != vmm.PowerOff && e.outcome != vmm.Reboot {
@@ -254,7 +254,10 @@ func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket 
 		return nil, nil, err
 	}
 	mc := machineConfig(cfg, opts, cons, socket, kernel)
-	mc.Cmdline, mc.Console.Out = cmd.cmdline(cfg), cmd.console(cons.Out)
+	if cmd != nil {
+		mc.Cmdline, mc.Console.Out = cmd.cmdline(cfg), cmd.console(cons.Out)
+		mc.BootTimeout = 0 // which command.begin knows better
+	}
 	var machine *vmm.Machine
 	if mc.AppendInitrd, err = cmd.initrd(); err == nil {
 		machine, err = vmm.New(mc)
@@ -328,10 +331,13 @@ func result(cfg *config.Config, e end) Result {
 	case e.outcome == vmm.TripleFault:
 		r.ExitCode, r.Message = ExitGuest, "the guest's processor gave up (triple fault)"
 		also = errors.Join(e.err, also)
-	case e.outcome == vmm.BootTimeout:
+	case e.outcome == vmm.BootTimeout, errors.Is(e.err, errBootTimeout):
+		r.Outcome = vmm.BootTimeout.String()
 		r.ExitCode = ExitTimeout
 		r.Message = fmt.Sprintf("boot timeout: the guest had not come up after %v and was ended", cfg.VM.BootTimeout)
-		also = errors.Join(e.err, also)
+		if e.command == nil {
+			also = errors.Join(e.err, also)
+		}
 	case errors.As(e.err, &killed):
 		r.Outcome, r.ExitCode = outcomeKilled, exitSignal+int(killed.signal)
 		r.Message = killed.Error()

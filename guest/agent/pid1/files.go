@@ -36,7 +36,7 @@ func (c *command) copyOut() (begun int) {
 			_ = out.Close()
 		}
 		if err != nil {
-			c.host.problem(wire.ArtifactLost, fmt.Errorf("artifact %s: %w", name, err))
+			c.host.tell(wire.Problem{Kind: wire.ArtifactLost, Text: fmt.Sprintf("artifact %s: %v", name, err), Index: i})
 		}
 	}
 	return begun

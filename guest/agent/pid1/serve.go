@@ -75,11 +75,12 @@ func (h *host) send(m wire.ToHost) error {
 	return wire.Write(h.f, m)
 }
 
-// problem tells the host what went wrong.
-func (h *host) problem(kind string, err error) {
-	// If the host is gone, the guest ends anyway.
-	_ = h.send(wire.ToHost{Problem: &wire.Problem{Kind: kind, Text: err.Error()}})
+// tell tells the host what went wrong.
+func (h *host) tell(p wire.Problem) {
+	_ = h.send(wire.ToHost{Problem: &p}) // if the host is gone, the guest ends anyway
 }
+
+func (h *host) problem(kind string, err error) { h.tell(wire.Problem{Kind: kind, Text: err.Error()}) }
 
 // dial opens a connection to the host.
 func dial(stream string, index int) (*os.File, error) {

@@ -63,6 +63,8 @@ type Problem struct {
 	// Kind is one of the constants below.
 	Kind string `json:"kind"`
 	Text string `json:"text"`
+	// Index is that of the artifact.
+	Index int `json:"index,omitempty"`
 }
 
 // Kinds of problems.
