@@ -52,7 +52,7 @@ func grub(parts []*volume, v *volume) (*entry, error) {
 
 const (
 	// maxSteps is how many commands a configuration may run.
-	maxSteps = 100_000
+	maxSteps = 20_000
 	// maxEntries is how many entries a menu may have.
 	maxEntries = 1024
 	// maxValue is the length of the longest value of a variable, in bytes.

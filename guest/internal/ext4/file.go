@@ -170,12 +170,13 @@ func (d *data) blocks(yield func([]byte, error) bool) {
 	}
 }
 
+var errBrokenEntry = corrupt("a directory has a broken entry")
+
 // entry takes the first entry from b.
 func (f *FS) entry(b []byte) (dirEntry, []byte, error) {
 	const header = 8
-	broken := corrupt("a directory has a broken entry")
 	if len(b) < header {
-		return dirEntry{}, nil, broken
+		return dirEntry{}, nil, errBrokenEntry
 	}
 	length := int(binary.LittleEndian.Uint16(b[4:]))
 	if f.blockSize == 1<<16 && (length == 0 || length == 1<<16-1) {
@@ -183,14 +184,14 @@ func (f *FS) entry(b []byte) (dirEntry, []byte, error) {
 	}
 	name := int(b[6])
 	if length < header+name || length < 12 || length > len(b) {
-		return dirEntry{}, nil, broken
+		return dirEntry{}, nil, errBrokenEntry
 	}
 	e := dirEntry{fs: f, name: string(b[header : header+name]), number: binary.LittleEndian.Uint32(b)}
 	if f.features&featureFiletype != 0 {
 		e.kind = b[7]
 	}
 	if e.number != 0 && (name == 0 || strings.ContainsAny(e.name, "/\x00")) {
-		return dirEntry{}, nil, broken
+		return dirEntry{}, nil, errBrokenEntry
 	}
 	return e, b[length:], nil
 }
