@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bufio"
 	"bytes"
 	"os"
 	"os/exec"
@@ -9,6 +10,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/creack/pty"
 
 	"github.com/calfvm/calf/cmd/internal/lab"
 )
@@ -181,4 +185,69 @@ func TestCommandEnds(t *testing.T) {
 			t.Errorf("output %q", vm.console())
 		}
 	})
+}
+
+// TestCommandTerminal runs a shell on a terminal, whose size changes.
+func TestCommandTerminal(t *testing.T) {
+	_, base := commandImage(t)
+	host, guest, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer host.Close()
+	if err := pty.Setsize(host, &pty.Winsize{Rows: 30, Cols: 100}); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(lab.Calf(), append(base, "--", "sh")...)
+	cmd.Stdin, cmd.Stdout = guest, guest
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	vm := startCommand(t, cmd)
+	if err := guest.Close(); err != nil {
+		t.Fatal(err)
+	}
+	seen := make(chan string, 1000)
+	go func() {
+		defer close(seen)
+		for lines := bufio.NewScanner(host); lines.Scan(); {
+			seen <- lines.Text()
+		}
+	}()
+	say := func(line string) {
+		t.Helper()
+		if _, err := host.WriteString(line + "\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	expect := func(want string) {
+		t.Helper()
+		for late := time.After(patience); ; {
+			select {
+			case line, ok := <-seen:
+				if strings.TrimSpace(line) == want {
+					return
+				}
+				if !ok {
+					t.Fatalf("the terminal ended before %q", want)
+				}
+			case <-late:
+				t.Fatalf("%q did not come", want)
+			}
+		}
+	}
+	say("[ -t 0 ] && [ -t 2 ] && echo yes=$((40+2)); stty size")
+	expect("yes=42")
+	expect("30 100")
+	if err := pty.Setsize(host, &pty.Winsize{Rows: 11, Cols: 77}); err != nil {
+		t.Fatal(err)
+	}
+	say("while [ \"$(stty size)\" != '11 77' ]; do sleep 0.1; done; echo resized=$((1+1))")
+	expect("resized=2")
+	say("echo ready=$((2+1)); sleep 1000") // which Ctrl-C ends, and not calf
+	expect("ready=3")
+	if _, err := host.WriteString("\x03"); err != nil {
+		t.Fatal(err)
+	}
+	say("echo alive=$((3+1)); exit 5")
+	expect("alive=4")
+	vm.exits(5)
 }

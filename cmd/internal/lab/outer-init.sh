@@ -20,5 +20,8 @@ done
 mount -t tmpfs tmp /mnt/tmp
 mkdir /mnt/dev/shm
 mount -t tmpfs shm /mnt/dev/shm
+mkdir -p /mnt/dev/pts
+mount -t devpts -o ptmxmode=666 pts /mnt/dev/pts
+[ -e /mnt/dev/ptmx ] || ln -s pts/ptmx /mnt/dev/ptmx
 ip link set lo up
 CALF_LAB=init LD_LIBRARY_PATH=/lab/lib exec switch_root /mnt /lab/bin/lab

@@ -175,10 +175,11 @@ func (c *command) begin(ctx context.Context, end func(error), bootTimeout time.D
 	}()
 }
 
-// wait returns when the guest has ended and nothing more is to come from it.
-func (c *command) wait() {
+// wait returns when the guest has ended and nothing more is to come from it. The
+// command's input has ended then, for which the connections of the guest wait.
+func (c *command) wait() error {
 	if c == nil {
-		return
+		return nil
 	}
 	// What came before the end of the guest may still be under way.
 	select {
@@ -187,6 +188,7 @@ func (c *command) wait() {
 	}
 	c.cancel(errGuestEnded)
 	<-c.done
+	return c.streams.Close()
 }
 
 // ended reports whether the command has ended, or could not be run, and said so.

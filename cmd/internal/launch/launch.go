@@ -239,7 +239,7 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	e.ran = true
 	cmd.begin(ctx, ctx.end, cfg.VM.BootTimeout)
 	e.outcome, e.err = machine.Run(ctx)
-	cmd.wait()
+	also(cmd.wait())
 	if e.outcome != vmm.PowerOff && e.outcome != vmm.Reboot {
 		time.AfterFunc(drainTime, cons.Abort)
 	}
