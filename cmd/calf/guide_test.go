@@ -26,7 +26,7 @@ func TestGuide(t *testing.T) {
 		t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\n%s=1 exec %s \"$@\"\n", asCalf, self)
-	if err := os.WriteFile(filepath.Join(bin, "calf"), []byte(script), 0o700); err != nil { //nolint:gosec // it has to be executed
+	if err := os.WriteFile(filepath.Join(bin, "calf"), []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))

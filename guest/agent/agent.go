@@ -239,9 +239,9 @@ func (s *Session) unpack(c Conn, i int) {
 	}
 }
 
-// Run, which is called once, waits for the guest, has it run the command, and returns how that ended, with
+// Run waits for the guest, has it run the command, and returns how that ended, with
 // everything that it has written. It ends early with the cause of ctx, which is to be
-// done when the guest has ended.
+// done when the guest has ended. It is called once.
 func (s *Session) Run(ctx context.Context) (*Result, error) {
 	defer close(s.over)
 	var c Conn
@@ -250,7 +250,7 @@ func (s *Session) Run(ctx context.Context) (*Result, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }() // twice, if ctx ends
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	r, artifacts, err := s.talk(c)
 	switch {

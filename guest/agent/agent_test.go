@@ -265,8 +265,14 @@ func TestGreedyGuest(t *testing.T) {
 			t.Errorf("the input is %q", got)
 		}
 		for _, o := range []wire.Opening{
-			{Stream: wire.Control}, {Stream: wire.Stdin}, {Stream: wire.Stdin, Index: 1}, {Stream: wire.Copy, Index: 1},
-			{Stream: wire.Copy, Index: -1}, {Stream: wire.Artifact}, {Stream: "shell"}, {},
+			{Stream: wire.Control},
+			{Stream: wire.Stdin},
+			{Stream: wire.Stdin, Index: 1},
+			{Stream: wire.Copy, Index: 1},
+			{Stream: wire.Copy, Index: -1},
+			{Stream: wire.Artifact},
+			{Stream: "shell"},
+			{},
 		} {
 			c := g.dial("", 0)
 			g.say(c, o)

@@ -42,7 +42,7 @@ func readProgram(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }() // it was read only
 	b, err := io.ReadAll(io.LimitReader(f, maxProgram+1))
 	if err != nil {
 		return nil, err

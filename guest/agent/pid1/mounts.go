@@ -64,7 +64,7 @@ func upLoopback() error {
 	if err != nil {
 		return nil // a kernel without that network
 	}
-	defer unix.Close(fd)
+	defer func() { _ = unix.Close(fd) }()
 	ifr, err := unix.NewIfreq("lo")
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -59,7 +60,7 @@ func packTree(t *tar.Writer, name string) error {
 	if err != nil {
 		return err
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }() // it was read only
 	return fs.WalkDir(root.FS(), ".", func(at string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -82,7 +83,7 @@ func packTree(t *tar.Writer, name string) error {
 			if err != nil {
 				return err
 			}
-			defer f.Close()
+			defer func() { _ = f.Close() }()
 			return packOpen(t, f, at)
 		}
 		return nil
@@ -98,7 +99,7 @@ func packFile(t *tar.Writer, name, as string, info fs.FileInfo) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }()
 	return packOpen(t, f, as)
 }
 
@@ -250,8 +251,8 @@ func (u *unpacking) file(t *tar.Reader, h *tar.Header) error {
 
 // finish gives directories what is theirs, the innermost first.
 func (u *unpacking) finish() error {
-	for i := len(u.dirs) - 1; i >= 0; i-- {
-		if err := u.attributes(u.dirs[i]); err != nil {
+	for _, h := range slices.Backward(u.dirs) {
+		if err := u.attributes(h); err != nil {
 			return err
 		}
 	}
