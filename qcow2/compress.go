@@ -8,7 +8,6 @@ import (
 	"sync"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
-	"github.com/klauspost/compress/flate"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/calfvm/calf/qcow2/internal/deflate"
@@ -122,7 +121,7 @@ func (m *Image) decompress(p place) ([]byte, error) {
 }
 
 var (
-	deflaters = sync.Pool{New: func() any { return flate.NewReader(nil) }}
+	deflaters = sync.Pool{New: func() any { return new(deflate.Decoder) }}
 	zstdPool  = sync.Pool{New: func() any {
 		d, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 			zstd.WithDecoderMaxWindow(maxZstdWindow))
@@ -139,13 +138,9 @@ const maxZstdWindow = 8 << 20
 
 // inflateDeflate decodes raw deflate data until dst is full.
 func inflateDeflate(dst, src []byte) error {
-	d := deflaters.Get().(io.ReadCloser)
+	d := deflaters.Get().(*deflate.Decoder)
 	defer deflaters.Put(d)
-	if err := d.(flate.Resetter).Reset(bytes.NewReader(src), nil); err != nil {
-		return err
-	}
-	_, err := io.ReadFull(d, dst)
-	return err
+	return d.Decode(dst, src)
 }
 
 // inflateZstd decodes zstd frames, of which there may be several, until dst is

@@ -1,5 +1,5 @@
-// Package deflate compresses the clusters of a QCOW2 image, in the format of
-// RFC 1951.
+// Package deflate compresses and decompresses the clusters of a QCOW2 image, in the
+// format of RFC 1951.
 //
 // QEMU writes and reads this data with a window of 4 KiB, and zlib documents that a
 // reader with such a window may refuse any distance beyond it. So the encoder uses

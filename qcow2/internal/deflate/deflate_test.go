@@ -11,15 +11,15 @@ import (
 	"testing"
 )
 
-// bitReader reads bits, the lowest of each byte first.
-type bitReader struct {
+// plainReader reads bits, the lowest of each byte first.
+type plainReader struct {
 	b []byte
 	n int // bits read
 }
 
 var errShort = errors.New("the data ends early")
 
-func (r *bitReader) bits(n int) int {
+func (r *plainReader) bits(n int) int {
 	v := 0
 	for i := range n {
 		if r.n>>3 >= len(r.b) {
@@ -31,15 +31,15 @@ func (r *bitReader) bits(n int) int {
 	return v
 }
 
-// decoder is a canonical code: how many words of each length there are, and their
+// plainCode is a canonical code: how many words of each length there are, and their
 // symbols in order.
-type decoder struct {
+type plainCode struct {
 	count   [maxBits + 1]int
 	symbols []int
 }
 
-func newDecoder(lengths []int) *decoder {
-	d := &decoder{}
+func newPlainCode(lengths []int) *plainCode {
+	d := &plainCode{}
 	for n := 1; n <= maxBits; n++ {
 		for s, l := range lengths {
 			if l == n {
@@ -52,7 +52,7 @@ func newDecoder(lengths []int) *decoder {
 }
 
 // symbol reads a symbol.
-func (r *bitReader) symbol(d *decoder) int {
+func (r *plainReader) symbol(d *plainCode) int {
 	word, first, index := 0, 0, 0
 	for _, n := range d.count[1:] {
 		word |= r.bits(1)
@@ -74,7 +74,7 @@ func inflate(b []byte) (out []byte, err error) {
 			err = fmt.Errorf("after %d bytes: %v", len(out), r)
 		}
 	}()
-	r := &bitReader{b: b}
+	r := &plainReader{b: b}
 	for final := 0; final == 0; {
 		final = r.bits(1)
 		switch kind := r.bits(2); kind {
@@ -94,7 +94,7 @@ func inflate(b []byte) (out []byte, err error) {
 			if kind == 2 {
 				literals, dists = r.codes()
 			}
-			out = r.body(out, newDecoder(literals), newDecoder(dists))
+			out = r.body(out, newPlainCode(literals), newPlainCode(dists))
 		}
 	}
 	if (r.n+7)>>3 != len(b) {
@@ -123,13 +123,13 @@ func bytesOf(n, v int) (all []int) {
 	return all
 }
 
-func (r *bitReader) codes() (literals, dists []int) {
+func (r *plainReader) codes() (literals, dists []int) {
 	nLiterals, nDists, n := r.bits(5)+257, r.bits(5)+1, r.bits(4)+4
 	lengths := make([]int, 19)
 	for _, s := range []int{16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15}[:n] {
 		lengths[s] = r.bits(3)
 	}
-	code := newDecoder(lengths)
+	code := newPlainCode(lengths)
 	var all []int
 	for len(all) < nLiterals+nDists {
 		switch s := r.symbol(code); s {
@@ -146,7 +146,7 @@ func (r *bitReader) codes() (literals, dists []int) {
 	return all[:nLiterals], all[nLiterals : nLiterals+nDists : nLiterals+nDists]
 }
 
-func (r *bitReader) body(out []byte, literals, dists *decoder) []byte {
+func (r *plainReader) body(out []byte, literals, dists *plainCode) []byte {
 	base := []int{3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 15, 17, 19, 23, 27, 31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258}
 	extra := []int{0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0}
 	distBase := []int{1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 97, 129, 193, 257, 385, 513, 769, 1025, 1537, 2049, 3073}
@@ -186,6 +186,10 @@ func check(t *testing.T, e *Encoder, src []byte) int {
 	}
 	if got, err = io.ReadAll(flate.NewReader(bytes.NewReader(packed))); err != nil || !bytes.Equal(got, src) {
 		t.Fatalf("Go reads %d bytes as %d: %v", len(src), len(got), err)
+	}
+	got = make([]byte, len(src))
+	if err := new(Decoder).Decode(got, append(packed, 1, 2, 3)); err != nil || !bytes.Equal(got, src) {
+		t.Fatalf("the decoder reads %d bytes wrong: %v", len(src), err)
 	}
 	again, ok := e.Encode(nil, src, len(packed))
 	if !ok || !bytes.Equal(again, packed) {
@@ -325,6 +329,79 @@ func FuzzEncode(f *testing.F) {
 		}
 		check(t, New(MinLevel+int(level)%MaxLevel), part)
 	})
+}
+
+// sameAsGo decodes n bytes of b, as Go's decoder does or fails to. That one wants as
+// many bits as the end of a block has before it decodes any symbol, so it is shown
+// more than b where b was enough.
+func sameAsGo(t *testing.T, d *Decoder, b []byte, n int) {
+	t.Helper()
+	got, want := make([]byte, n), make([]byte, n)
+	_, wantErr := io.ReadFull(flate.NewReader(bytes.NewReader(b)), want)
+	err := d.Decode(got, b)
+	if err == nil && errors.Is(wantErr, io.ErrUnexpectedEOF) {
+		_, wantErr = io.ReadFull(flate.NewReader(bytes.NewReader(append(b, 0, 0))), want)
+	}
+	if (err != nil) != (wantErr != nil) || err == nil && !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes: %v, Go says %v", n, err, wantErr)
+	}
+}
+
+// FuzzDecode decodes anything. Go's decoder must say the same.
+func FuzzDecode(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 1))
+	for level := flate.HuffmanOnly; level <= flate.BestCompression; level++ {
+		var b bytes.Buffer
+		w, err := flate.NewWriter(&b, level)
+		if err != nil {
+			f.Fatal(err)
+		}
+		src := mixed(r, 3000)
+		if _, err := w.Write(append(src, src[:300]...)); err != nil {
+			f.Fatal(err)
+		}
+		if err := w.Close(); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b.Bytes(), uint32(3300), uint32(0), byte(0))
+		f.Add(b.Bytes(), uint32(100), uint32(level+2), byte(1))
+	}
+	fixed, _ := New(1).Encode(nil, []byte("aaaaaaaaaaaaaaaaaaaaaaaab"), 100)
+	f.Add(fixed, uint32(25), uint32(0), byte(0))
+	d := new(Decoder)
+	f.Fuzz(func(t *testing.T, b []byte, n, at uint32, flip byte) {
+		b = bytes.Clone(b)
+		if len(b) > 0 {
+			b[int(at)%len(b)] ^= flip
+		}
+		sameAsGo(t, d, b, int(n%(1<<18)))
+	})
+}
+
+// TestDecodeDamaged flips bits of good data, and cuts it.
+func TestDecodeDamaged(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	d := new(Decoder)
+	for range 3000 {
+		src := mixed(r, 1+r.IntN(3000))
+		var w bytes.Buffer
+		z, err := flate.NewWriter(&w, r.IntN(12)-2)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = z.Write(src)
+		if err = errors.Join(err, z.Close()); err != nil {
+			t.Fatal(err)
+		}
+		b := w.Bytes()
+		for range r.IntN(3) {
+			b[r.IntN(len(b))] ^= 1 << r.IntN(8)
+		}
+		b = b[:len(b)-r.IntN(2)*r.IntN(len(b))]
+		sameAsGo(t, d, b, len(src))
+	}
 }
 
 func BenchmarkEncode(b *testing.B) {
