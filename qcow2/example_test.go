@@ -70,8 +70,9 @@ func ExampleImage_Map() {
 		check(qcow2.Create(path, qcow2.CreateOptions{Size: 1 << 20}))
 		disk, err := qcow2.Open(path, qcow2.Options{})
 		check(err)
-		for _, off := range []int64{100000, 300000} {
-			_, err = disk.WriteAt([]byte("hello"), off)
+		cluster := bytes.Repeat([]byte("hello..."), 1<<13)
+		for _, off := range []int64{1 << 16, 1 << 18} {
+			_, err = disk.WriteAt(cluster, off)
 			check(err)
 		}
 		check(disk.PunchHole(1<<18, 1<<16))
