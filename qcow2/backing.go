@@ -225,7 +225,7 @@ func outside(what, image, target, resolved string) error {
 	e := &Error{
 		Path: image, Kind: ErrBackingRefused,
 		What: fmt.Sprintf("its %s %s lies outside the directory of the image", what, shown(target)),
-		Mend: fmt.Sprintf("list %s in backing_dirs to allow it", shown(filepath.Dir(resolved))),
+		Mend: fmt.Sprintf("list %s in backing_dirs, or in --backing-dir of calf image, to allow it", shown(filepath.Dir(resolved))),
 	}
 	if resolved != target {
 		e.What = fmt.Sprintf("its %s %s, which is %s, lies outside the directory of the image", what, shown(target), shown(resolved))

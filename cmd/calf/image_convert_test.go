@@ -164,7 +164,7 @@ func TestConvert(t *testing.T) {
 func TestConvertStreams(t *testing.T) {
 	t.Chdir(t.TempDir())
 	r := newRandomImages(t)
-	for _, n := range []int{0, 1, 511, 512, 70_000, 3 << 20, 5<<20 + 7} {
+	for _, n := range []int{0, 511, 70_000, 2<<20 + 7} {
 		data := make([]byte, n)
 		for i := range n {
 			if i>>16&1 == 0 {

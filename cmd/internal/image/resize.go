@@ -26,7 +26,18 @@ func Resize(ctx context.Context, path, format, to string, opts qcow2.ResizeOptio
 	if err != nil {
 		return err
 	}
+	if err := allowed(path, m.Size(), size, opts); err != nil {
+		return err
+	}
 	return m.Resize(ctx, size, opts)
+}
+
+// allowed refuses to shrink a disk of old bytes to size unless opts allow it.
+func allowed(path string, old, size int64, opts qcow2.ResizeOptions) error {
+	if size < old && !opts.Shrink {
+		return fmt.Errorf("%s: shrinking the disk from %d to %d bytes loses what lies beyond; --shrink allows it", path, old, size)
+	}
+	return nil
 }
 
 // newSize is the size that to says for a disk of old bytes.
@@ -58,11 +69,12 @@ func resizeRaw(path, to string, opts qcow2.ResizeOptions) (err error) {
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
 	size, err := newSize(d.Size(), to)
+	if err == nil {
+		err = allowed(path, d.Size(), size, opts)
+	}
 	switch {
 	case err != nil:
 		return err
-	case size < d.Size() && !opts.Shrink:
-		return fmt.Errorf("%s: shrinking the disk from %d to %d bytes loses what lies beyond; --shrink allows it", path, d.Size(), size)
 	case opts.Preallocation != qcow2.PreallocateOff && size < d.Size():
 		return errors.New("a disk that shrinks cannot be preallocated")
 	}
