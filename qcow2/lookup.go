@@ -112,6 +112,7 @@ func (m *Image) findFor(off, n int64, shard int, use purpose) (span, error) {
 			return span{}, err
 		}
 	}
+	last := m.cluster(off + n - 1)
 	for s.length < n && s.kind != kindCompressed && m.inCluster(off+s.length) == 0 {
 		c++
 		// An error is reported when a range begins with it.
@@ -123,14 +124,43 @@ func (m *Image) findFor(off, n int64, shard int, use purpose) (span, error) {
 		if !s.continues(&next, use) {
 			break
 		}
-		if cur.slice == nil { // without a table, what follows in it is alike, too
-			c |= 1<<m.sliceBits - 1
-			next.length = min(n-s.length, m.offset(c+1)-off-s.length)
-		}
 		s.length += next.length
+		if use != forWriting && m.inCluster(off+s.length) == 0 {
+			more := m.alike(&cur, &e, c, last)
+			c += more
+			s.length = min(n, s.length+m.offset(more))
+		}
 	}
 	s.pin = m.epochs.enter(shard)
 	return s, nil
+}
+
+// alike returns how many clusters after c, up to last, continue c, whose entry is e,
+// in the slice of cur: those whose entries differ from the one before in the place
+// alone, which is next. It need not find all, but finds most without decoding them.
+// mu is held.
+func (m *Image) alike(cur *cursor, e *entry, c, last uint64) uint64 {
+	i := m.sliceIndex(c)
+	most := min(last-c, 1<<m.sliceBits-1-i)
+	switch {
+	case cur.slice == nil: // without a table, what follows in it is alike, too
+		return most
+	case m.wordBits > 0:
+		return 0
+	}
+	step := uint64(0)
+	if e.allocated {
+		step = 1 << m.clusterBits
+	}
+	found := uint64(0)
+	desc := cur.slice.entries[i]
+	for _, next := range cur.slice.entries[i+1 : i+1+most] {
+		if desc += step; next != desc || desc&l2Reserved != 0 {
+			break
+		}
+		found++
+	}
+	return found
 }
 
 // missed returns the pinned span of a lookup whose slice is not in memory. mu is

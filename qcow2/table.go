@@ -1,6 +1,9 @@
 package qcow2
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"sync"
+)
 
 // loadSlice reads slice id into the cache. Of several callers one reads, without
 // the lock; the others wait for it. The caller has a pin, which keeps the
@@ -38,8 +41,13 @@ func (m *Image) loadSlice(id uint64) error {
 	return err
 }
 
+// sliceBuffers has what slices are read into before they are decoded.
+var sliceBuffers = sync.Pool{New: func() any { return new([8 << maxSliceBits]byte) }}
+
 func (m *Image) readSlice(off int64) ([]uint64, error) {
-	b := make([]byte, m.sliceBytes())
+	buf := sliceBuffers.Get().(*[8 << maxSliceBits]byte)
+	defer sliceBuffers.Put(buf)
+	b := buf[:m.sliceBytes()]
 	if err := readFull(m.file, b, off); err != nil {
 		return nil, err
 	}

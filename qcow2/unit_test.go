@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"io"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
@@ -157,4 +158,103 @@ func TestOpenErrors(t *testing.T) {
 		}
 		t.Log(err)
 	}
+}
+
+// TestAlike shows that a lookup of many clusters finds what lookups of one each do, in
+// tables whose entries continue one another, nearly do, or not at all.
+func TestAlike(t *testing.T) {
+	for _, opts := range []CreateOptions{
+		{Size: 1300 << 12, ClusterSize: 1 << 12}, // of three slices, the last has no table
+		{Size: 700 << 14, ClusterSize: 1 << 14, ExtendedL2: true},
+	} {
+		r := newSeed(t)
+		m := open(t, create(t, opts), Options{})
+		for id := range int64(2) {
+			if _, err := m.WriteAt([]byte{1}, id<<m.sliceBits*m.clusterSize); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 100 {
+			for id := range uint64(2) {
+				fillAlike(r, m, m.cache.find(id).entries)
+			}
+			compareAlike(t, r, m)
+		}
+		for id := range uint64(2) {
+			clear(m.cache.find(id).entries) // for the end of the test
+		}
+	}
+}
+
+// compareAlike looks the disk of m up in both ways.
+func compareAlike(t *testing.T, r *rand.Rand, m *Image) {
+	t.Helper()
+	for _, use := range []purpose{forReading, forMapping} {
+		for off := int64(0); off < m.Size(); {
+			n := 1 + r.Int64N(m.Size()-off)
+			got, gotErr := unpinned(m.lookupFor(off, n, 0, use))
+			want, wantErr := lookupEach(m, off, n, use)
+			if got != want || (gotErr == nil) != (wantErr == nil) {
+				t.Fatalf("purpose %d, %d bytes at %#x: %+v, %v, want %+v, %v", use, n, off, got, gotErr, want, wantErr)
+			}
+			off += max(got.length, m.clusterSize-m.inCluster(off))
+		}
+	}
+}
+
+// fillAlike fills a slice of m with runs of entries, each of which has its place behind
+// that of the one before, with other flags, subclusters or reserved bits where a run
+// ends.
+func fillAlike(r *rand.Rand, m *Image, entries []uint64) {
+	step := uint64(1) << m.clusterBits
+	next, bitmap := uint64(0), uint64(0)
+	for i := 0; i < len(entries); i += 1 << m.wordBits {
+		next += step
+		switch r.IntN(12) {
+		case 0:
+			next = entryCopied | step*(1+r.Uint64N(1<<20))
+		case 1:
+			next ^= []uint64{entryCopied, entryZero, entryCompressed, 1 << 56, 2}[r.IntN(5)]
+		case 2:
+			next = 0
+		case 3:
+			next = entryOffset&-step - 3*step // the fourth that follows carries into reserved bits
+		case 4:
+			next -= step
+		case 5:
+			data := r.Uint64() >> 32
+			bitmap = []uint64{data, 1<<32 - 1, data << 32, data | (^data << 32)}[r.IntN(4)]
+		}
+		if entries[i] = next; m.wordBits > 0 {
+			entries[i+1] = bitmap
+		}
+		if next < 2 || next&^entryCopied == entryZero {
+			next -= step // no place, in all of the run
+		}
+	}
+}
+
+// lookupEach is lookupFor by lookups of no more than a cluster.
+func lookupEach(m *Image, off, n int64, use purpose) (span, error) {
+	part := func(off, n int64) (span, error) {
+		return unpinned(m.lookupFor(off, min(n, m.clusterSize-m.inCluster(off)), 0, use))
+	}
+	s, err := part(off, n)
+	for err == nil && s.length < n && s.kind != kindCompressed && m.inCluster(off+s.length) == 0 {
+		next, err := part(off+s.length, n-s.length)
+		if err != nil || !s.continues(&next, use) {
+			break
+		}
+		s.length += next.length
+	}
+	return s, err
+}
+
+// unpinned is the result of a lookup that nobody uses.
+func unpinned(s span, err error) (span, error) {
+	if err == nil {
+		s.pin.leave()
+		s.pin = nil
+	}
+	return s, err
 }

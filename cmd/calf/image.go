@@ -82,8 +82,12 @@ func imageVerbs() []verbGroup {
 }
 
 // verbMemory is how much of calf's own memory a verb makes do with, if it can: beyond
-// it garbage is collected more often.
-const verbMemory = 150 << 20
+// it garbage is collected more often than once memory in use has grown by verbGarbage
+// percent.
+const (
+	verbMemory  = 150 << 20
+	verbGarbage = 400
+)
 
 // addVerb adds a verb to cmd. It is done until a signal ends it, and what goes
 // wrong with it ends calf as qemu-img ends.
@@ -92,6 +96,7 @@ func addVerb(cmd, verb *cobra.Command) {
 	run, args := verb.RunE, verb.Args
 	verb.RunE = func(cmd *cobra.Command, args []string) error {
 		debug.SetMemoryLimit(verbMemory)
+		debug.SetGCPercent(verbGarbage)
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal ends calf at once

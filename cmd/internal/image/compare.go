@@ -111,8 +111,11 @@ func (c *comparison) run(ctx context.Context, size int64) {
 	var workers sync.WaitGroup
 	for range defaultWorkers() {
 		workers.Go(func() {
-			buffers := [2][]byte{make([]byte, pieceBytes), make([]byte, pieceBytes)}
+			var buffers [2][]byte // made for the first that is read
 			for s := range work {
+				if buffers[0] == nil {
+					buffers = [2][]byte{make([]byte, pieceBytes), make([]byte, pieceBytes)}
+				}
 				c.compare(s, buffers)
 			}
 		})
