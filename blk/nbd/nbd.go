@@ -296,11 +296,12 @@ func (s *Server) serve(ctx context.Context, nc net.Conn, handshakeOver, stop fun
 
 // admit makes room for a connection in the transmission phase, if there is any.
 func (s *Server) admit() bool {
-	if s.active.Add(1) <= int64(s.cfg.MaxConnections) {
-		return true
+	for n := s.active.Load(); n < int64(s.cfg.MaxConnections); n = s.active.Load() {
+		if s.active.CompareAndSwap(n, n+1) {
+			return true
+		}
 	}
-	s.active.Add(-1)
-	return false
+	return false // without having been counted, so that the last to go knows that it is
 }
 
 // flush flushes all disks that clients may have changed.
