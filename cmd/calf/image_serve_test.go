@@ -383,6 +383,9 @@ func TestServeEnds(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
 	tool(t, "qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "8M")
+	if err := os.WriteFile("pid", []byte("12345678\n"), 0o600); err != nil { // of a server that was killed
+		t.Fatal(err)
+	}
 	s := serve(t, 1, "-k", "s", "--pid-file", "pid", "a.qcow2")
 	if want := "nbd+unix:///?socket=" + dir + "/s"; s.uris[0] != want {
 		t.Errorf("the address is %s, want %s", s.uris[0], want)
@@ -522,6 +525,7 @@ func TestServeRefuses(t *testing.T) {
 		{[]string{"-k", "busy", "a.qcow2"}, "another program"},
 		{[]string{"-k", "file", "a.qcow2"}, "is no socket"},
 		{[]string{"-k", strings.Repeat("x", 200), "a.qcow2"}, "at most 107 bytes"},
+		{[]string{"-k", "s", "--pid-file", "a.qcow2", "a.qcow2"}, "no process ID"},
 		{[]string{"-k", "none/s", "a.qcow2"}, "no such file"},
 		{[]string{"-k", "s", "none.qcow2"}, "none.qcow2"},
 		{[]string{"-k", "s", "-f", "vmdk", "a.qcow2"}, "vmdk"},

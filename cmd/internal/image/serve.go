@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"log/slog"
 	"os"
 	"runtime/debug"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/blk/nbd"
@@ -83,7 +86,7 @@ func Serve(ctx context.Context, o ServeOptions) (stats nbd.Stats, err error) {
 	}
 	defer func() { _ = ln.Close() }() // The server has done it, if it came so far.
 	if o.PIDFile != "" {
-		if err := os.WriteFile(o.PIDFile, fmt.Appendln(nil, os.Getpid()), 0o644); err != nil {
+		if err := writePID(o.PIDFile); err != nil {
 			return stats, err
 		}
 		defer func() { err = errors.Join(err, os.Remove(o.PIDFile)) }()
@@ -93,6 +96,29 @@ func Serve(ctx context.Context, o ServeOptions) (stats nbd.Stats, err error) {
 	}
 	err = server.Serve(ctx, ln)
 	return server.Stats(), err
+}
+
+// writePID writes the process ID to the file at path, which is new or has such a
+// number: who names an image there by mistake does not lose it.
+func writePID(path string) (err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return err
+	}
+	defer closing(f, &err)
+	const longest = 20 // digits
+	old, err := io.ReadAll(io.LimitReader(f, longest+2))
+	if err != nil {
+		return err
+	}
+	if _, notNumber := strconv.Atoi(strings.TrimSpace(string(old))); len(old) > 0 && notNumber != nil {
+		return fmt.Errorf("%s is there already, and has no process ID in it", path)
+	}
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	_, err = f.WriteAt(fmt.Appendln(nil, os.Getpid()), 0)
+	return err
 }
 
 // served are the open images of a server.
