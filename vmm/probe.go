@@ -28,16 +28,9 @@ func openKVM(allowEmulation bool) (*kvm.System, error) {
 	if err != nil {
 		return nil, explainOpen(err)
 	}
-	needed := []struct {
-		cap  kvm.Capability
-		name string
-	}{
-		{kvm.CapImmediateExit, "KVM_CAP_IMMEDIATE_EXIT (Linux 4.13)"},
-		{kvm.CapIOEventFDNoLen, "KVM_CAP_IOEVENTFD_NO_LENGTH (Linux 4.0)"},
-	}
-	for _, n := range needed {
-		if s.Extension(n.cap) == 0 {
-			return nil, errors.Join(fmt.Errorf("%w: /dev/kvm lacks %s; use a newer host kernel", ErrNoKVM, n.name), s.Close())
+	for _, c := range capabilities() {
+		if c.Required && s.Extension(c.number) == 0 {
+			return nil, errors.Join(fmt.Errorf("%w: /dev/kvm lacks %s (Linux %s); use a newer host kernel", ErrNoKVM, c.Name, c.Since), s.Close())
 		}
 	}
 	if allowEmulation || processorVirtualizes() {

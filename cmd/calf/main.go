@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/cmd/internal/console"
+	"github.com/calfvm/calf/cmd/internal/doctor"
 	"github.com/calfvm/calf/cmd/internal/launch"
 	"github.com/calfvm/calf/guest/agent/pid1"
 )
@@ -94,6 +95,6 @@ described by a TOML file, by flags, or by both.`,
 	root.SetIn(p.streams.In)
 	root.SetOut(p.streams.Out)
 	root.SetErr(p.streams.Messages)
-	root.AddCommand(newRun(p), newImage(), newConfig(), newVersion())
+	root.AddCommand(newRun(p), newImage(), newConfig(), newDoctor(doctor.ThisHost()), newVersion())
 	return root
 }

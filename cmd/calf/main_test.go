@@ -132,8 +132,8 @@ func TestHelpHasAnExampleForEachCommand(t *testing.T) {
 		}
 	}
 	walk(program{}.root(), nil)
-	code, stdout, stderr := calf(t, "doctor")
-	refused(t, 1, code, stdout, stderr, `unknown command "doctor"`)
+	code, stdout, stderr := calf(t, "nurse")
+	refused(t, 1, code, stdout, stderr, `unknown command "nurse"`)
 }
 
 func TestCompletion(t *testing.T) {

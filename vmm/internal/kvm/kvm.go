@@ -37,6 +37,7 @@ type (
 
 // Capabilities that gokvm does not name as linux/kvm.h does, and those used.
 const (
+	CapIRQFD            Capability = 32
 	CapMaxVCPUs         Capability = 66
 	CapTSCDeadlineTimer            = gokvm.CapTSCDeadlineTimer
 	CapCoalescedPIO                = gokvm.CapCoalescedPIO
