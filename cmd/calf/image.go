@@ -95,6 +95,9 @@ func addVerb(cmd, verb *cobra.Command) {
 	refuseFlags(verb)
 	run, args := verb.RunE, verb.Args
 	verb.RunE = func(cmd *cobra.Command, args []string) error {
+		if err := refuseEmpty(cmd); err != nil {
+			return imageError(err)
+		}
 		debug.SetMemoryLimit(verbMemory)
 		debug.SetGCPercent(verbGarbage)
 		ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)

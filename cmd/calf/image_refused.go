@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // refusedFlag is a flag of a verb of qemu-img that ours does not have. Whoever
@@ -58,6 +59,24 @@ var refusedFlags = map[string][]refusedFlag{
 var otherVerbs = map[string]string{
 	"amend": "make an image with other options by calf image convert -o, or change its size by calf image resize and its backing file by calf image rebase",
 	"dd":    "copy a whole image by calf image convert; the disk of a raw image is the file itself, of which dd copies any part",
+}
+
+// emptyFlags are the flags with an empty value that means something, by verb and name.
+var emptyFlags = map[string]bool{
+	"rebase backing":    true,
+	"serve description": true,
+	"serve export-name": true,
+}
+
+// refuseEmpty fails if a flag of verb has an empty value, as where a variable of a
+// script is not set: that is another thing than a flag that is not given.
+func refuseEmpty(verb *cobra.Command) (err error) {
+	verb.Flags().Visit(func(f *pflag.Flag) {
+		if f.Value.Type() == "string" && f.Value.String() == "" && !emptyFlags[verb.Name()+" "+f.Name] {
+			err = fmt.Errorf("--%s is empty: leave it out, or give it a value", f.Name)
+		}
+	})
+	return err
 }
 
 // refuseFlags defines the flags that verb refuses.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -74,5 +75,34 @@ func TestNoFlagOfQEMUIsMissing(t *testing.T) {
 	}
 	if seen < 40 {
 		t.Errorf("the help of qemu-img has only %d flags", seen)
+	}
+}
+
+// TestEmptyValues shows that a flag with an empty value, as where a variable of a script
+// is not set, is not taken for one that is not given: both programs refuse it.
+func TestEmptyValues(t *testing.T) {
+	t.Chdir(t.TempDir())
+	qemuImg(t, "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+	qemuImg(t, "snapshot", "-c", "s", "a.qcow2")
+	for _, args := range [][]string{
+		{"check", "-r", "", "a.qcow2"},
+		{"check", "-T", "", "a.qcow2"},
+		{"convert", "-l", "", "-O", "raw", "a.qcow2", "b"},
+		{"convert", "-O", "", "a.qcow2", "b"},
+		{"create", "-f", "qcow2", "-b", "", "b", "1M"},
+		{"create", "-f", "", "b", "1M"},
+		{"map", "-l", "", "a.qcow2"},
+		{"measure", "-l", "", "-O", "qcow2", "a.qcow2"},
+		{"resize", "--preallocation=", "a.qcow2", "2M"},
+		{"snapshot", "-d", "", "a.qcow2"},
+	} {
+		want, _ := qemuImg(t, args...)
+		code, _, messages := calf(t, append([]string{"image"}, args...)...)
+		if code != 1 || want != 1 || !strings.Contains(messages, " is empty") {
+			t.Errorf("%q: code %d, that of qemu-img %d, %s", args, code, want, messages)
+		}
+		if _, err := os.Stat("b"); err == nil {
+			t.Fatalf("%q makes a file", args)
+		}
 	}
 }

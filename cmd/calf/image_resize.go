@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -20,8 +22,8 @@ func newImageResize() *cobra.Command {
 		Short: "Change the size of the disk in an image",
 		Long: `Change the size of the disk in an image: to SIZE, or with a sign by SIZE. What it
 gains reads as zero. To shrink takes --shrink, and loses what lies beyond the new
-end; write -- before a SIZE that begins with a minus sign.`,
-		Example: "  calf image resize disk.qcow2 +10G\n  calf image resize --shrink disk.qcow2 5G",
+end.`,
+		Example: "  calf image resize disk.qcow2 +10G\n  calf image resize --shrink disk.qcow2 -5G",
 		Args:    cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, err := image.FormatOf(args[0], format)
@@ -44,4 +46,17 @@ end; write -- before a SIZE that begins with a minus sign.`,
 	flags.StringVar(&preallocation, "preallocation", "off", "room for what the disk gains: off, metadata, falloc or full")
 	flags.BoolVarP(&quiet, "quiet", "q", false, "print nothing")
 	return cmd
+}
+
+// signedSize returns the arguments of calf with a mark before a negative size at the
+// end of those of resize, which is no flag there, as it is none of qemu-img's.
+func signedSize(args []string) []string {
+	last := len(args) - 1
+	if last < 2 || args[0] != "image" || args[1] != "resize" || slices.Contains(args, "--") {
+		return args
+	}
+	if digits, ok := strings.CutPrefix(args[last], "-"); !ok || strings.IndexAny(digits, "0123456789") != 0 {
+		return args
+	}
+	return slices.Insert(slices.Clone(args), last, "--")
 }

@@ -34,13 +34,14 @@ make the disk what it was when one was made, or delete one. NAME is its name or 
 				return fmt.Errorf("%s: a raw image has no snapshots", args[0])
 			}
 			what := -1
-			for i, name := range names {
-				if name != "" && (what >= 0 || list) {
+			for i, flag := range [3]string{"create", "apply", "delete"} {
+				if !cmd.Flags().Changed(flag) {
+					continue
+				}
+				if what >= 0 || list {
 					return errors.New("of -l, -c, -a and -d only one can be done at a time")
 				}
-				if name != "" {
-					what = i
-				}
+				what = i
 			}
 			switch {
 			case what < 0:

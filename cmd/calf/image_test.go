@@ -199,6 +199,8 @@ func TestImageResize(t *testing.T) {
 			{[]string{"+1M"}, "2097152", 0},
 			{[]string{"--shrink", "512k"}, "524288", 0},
 			{[]string{"--shrink", "--", "-512k"}, "524288", 0},
+			{[]string{"--shrink", "-512k"}, "524288", 0},
+			{[]string{"-512k"}, "1048576", 1},
 			{[]string{"512k"}, "1048576", 1},
 			{[]string{"--preallocation=falloc", "2M"}, "2097152", 0},
 			{[]string{"--preallocation=full", "2M"}, "2097152", 0},

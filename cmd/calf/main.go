@@ -47,7 +47,7 @@ type program struct {
 // run runs calf with the given arguments and returns its exit code.
 func (p program) run(args []string) int {
 	root := p.root()
-	root.SetArgs(args)
+	root.SetArgs(signedSize(args))
 	cmd, err := root.ExecuteC()
 	var exit exitError
 	switch {
