@@ -20,8 +20,11 @@ type slice struct {
 	// dirty means changed since the last commit began; inCommit, that the
 	// running commit has not finished with it. Such a slice is not evicted.
 	dirty, inCommit bool
-	users           int // allocations under way that will change it
-	touched         atomic.Bool
+	// hollow means that it read as zeros, and may be a hole in the file; see
+	// Image.secure. It is not changed before that is over.
+	hollow  bool
+	users   int // allocations under way that will change it
+	touched atomic.Bool
 }
 
 // touch marks the slice as recently used, with a write to shared memory only if

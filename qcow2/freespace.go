@@ -89,6 +89,9 @@ func (r *refcounts) search() ([]extent, error) {
 // adds their number to n.
 func (r *refcounts) searchSlice(found []extent, n uint64) ([]extent, uint64, error) {
 	s, err := r.slice(r.cursor)
+	if err == nil && isZero(s.b) {
+		err = r.img.secure(s.off, r.sliceBytes())
+	}
 	if err != nil {
 		return found, n, err
 	}

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"math/rand/v2"
 	"os"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -50,6 +52,116 @@ func TestTornTable(t *testing.T) {
 	if must(t, m.ReadvAt([][]byte{got}, 0)); !bytes.Equal(got, want) {
 		t.Error("bytes show that were never written")
 	}
+}
+
+// smallHost is a file on a host with little room, where no zeros take any at first.
+type smallHost struct {
+	file
+	mu    sync.Mutex
+	taken map[int64]bool // the blocks that have room
+	left  int            // blocks
+}
+
+const hostBlock = 4096
+
+func newSmallHost(t *testing.T, f file, left int) *smallHost {
+	t.Helper()
+	h := &smallHost{file: f, taken: make(map[int64]bool), left: left}
+	size, err := f.Size()
+	must(t, err)
+	for b := make([]byte, hostBlock); size > 0; {
+		size = (size - 1) / hostBlock * hostBlock
+		must(t, readFull(f, b, size))
+		h.taken[size/hostBlock] = !isZero(b)
+	}
+	return h
+}
+
+// take takes room for [off, off+n).
+func (h *smallHost) take(off, n int64) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for b := off / hostBlock; b <= (off+n-1)/hostBlock; b++ {
+		if h.taken[b] {
+			continue
+		}
+		if h.left == 0 {
+			return syscall.ENOSPC
+		}
+		h.taken[b] = true
+		h.left--
+	}
+	return nil
+}
+
+func (h *smallHost) WritevAt(iov [][]byte, off int64) error {
+	if err := h.take(off, length(iov)); err != nil {
+		return err
+	}
+	return h.file.WritevAt(iov, off)
+}
+
+func (h *smallHost) Allocate(off, n int64) error {
+	if err := h.take(off, n); err != nil {
+		return err
+	}
+	return h.file.Allocate(off, n)
+}
+
+// TestFullHost writes to images, whose tables are holes in their files where they
+// are empty, until the host has no more room. What was written before can be made
+// durable then, without any.
+func TestFullHost(t *testing.T) {
+	for _, cluster := range []int64{512, 4096, 64 << 10} {
+		for _, clusters := range []int64{1 << 11, 1 << 21} {
+			for left := 3; left < 1200; left = 2*left + 1 {
+				fillHost(t, CreateOptions{Size: clusters * cluster, ClusterSize: cluster, RefcountBits: 64}, left)
+			}
+		}
+	}
+}
+
+// fillHost writes to an image of some clusters on a host with room for left blocks
+// more.
+func fillHost(t *testing.T, o CreateOptions, left int) {
+	path := create(t, o)
+	random := rand.New(rand.NewPCG(1, uint64(left))) //nolint:gosec // G404, G115: a test
+	want := make(map[int64]byte)
+	write := func(m *Image, b byte) error {
+		off := random.Int64N(o.Size/o.ClusterSize) * o.ClusterSize
+		_, err := m.WriteAt([]byte{b}, off)
+		if err == nil {
+			want[off] = b
+		}
+		return err
+	}
+	m := open(t, path, Options{})
+	for range 20 {
+		must(t, write(m, 1))
+	}
+	closeImage(t, m)
+
+	of, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	m, err = openFile(newSmallHost(t, newOSFile(of), left), path, Options{}, &chain{})
+	must(t, err)
+	for n := 0; err == nil && n < 3*left; n++ {
+		err = write(m, 2)
+	}
+	if err != nil && !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err := m.Close(); err != nil {
+		t.Fatalf("%+v, %d blocks: %d writes are lost: %v", o, left, len(want), err)
+	}
+	m = open(t, path, Options{ReadOnly: true})
+	for off, b := range want {
+		got := make([]byte, 1)
+		if _, err := m.ReadAt(got, off); err != nil || got[0] != b {
+			t.Errorf("%+v, %d blocks: at %d is %d, not %d; %v", o, left, off, got[0], b, err)
+		}
+	}
+	closeImage(t, m)
 }
 
 // TestGrowOverTable grows an image of which the counts do not cover an L2 table:

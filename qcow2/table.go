@@ -2,7 +2,11 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
+	"slices"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
 
 // loadSlice reads slice id into the cache. Of several callers one reads, without
@@ -28,7 +32,8 @@ func (m *Image) loadSlice(id uint64) error {
 
 	entries, err := m.readSlice(off + m.sliceOffset(id))
 
-	s := &slice{id: id, entries: entries}
+	set := func(e uint64) bool { return e != 0 }
+	s := &slice{id: id, entries: entries, hollow: !slices.ContainsFunc(entries, set)}
 	m.lock()
 	if err == nil {
 		m.cache.add(s)
@@ -52,6 +57,35 @@ func (m *Image) readSlice(off int64) ([]uint64, error) {
 		return nil, err
 	}
 	return decodeTable(b), nil
+}
+
+// fillHollow makes sure that slice s can be written. The caller has a pin; Image.mu
+// is not held.
+func (m *Image) fillHollow(s *slice) error {
+	m.mu.RLock()
+	off, err := m.tableOf(s.id)
+	m.mu.RUnlock()
+	if err == nil && off != 0 {
+		err = m.secure(off+m.sliceOffset(s.id), m.sliceBytes())
+	}
+	if err != nil {
+		return err
+	}
+	m.lock()
+	defer m.mu.Unlock()
+	s.hollow = false
+	return nil
+}
+
+// secure makes sure that the n bytes of metadata at off, which may be a hole in the
+// file, can be written by a commit, whatever room the host has by then: else guest
+// data that was written meanwhile would have nothing that leads to it. Some hosts
+// cannot.
+func (m *Image) secure(off, n int64) error {
+	if err := m.file.Allocate(off, n); !errors.Is(err, unix.EOPNOTSUPP) {
+		return err
+	}
+	return nil
 }
 
 // tableOf returns the offset of the L2 table that holds slice id, 0 if there is
@@ -135,11 +169,16 @@ func (m *Image) reserveTable(i uint64) (extent, error) {
 
 // fillTable writes the contents of L1 entry i's table to the host offset: those
 // of the present table, whose offset it returns, or zeros. A table that is
-// shared never has dirty slices, so the file has its contents.
+// shared never has dirty slices, so the file has its contents. The entry can be
+// written from then on.
 func (m *Image) fillTable(i uint64, host int64) (int64, error) {
 	m.mu.RLock()
 	old, err := m.decodeL1(m.l1[i], i)
+	entry := m.l1Offset + int64(8*i) //nolint:gosec // G115: an index
 	m.mu.RUnlock()
+	if err == nil {
+		err = m.secure(entry, 8)
+	}
 	if err != nil {
 		return 0, err
 	}

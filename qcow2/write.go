@@ -135,8 +135,8 @@ func (m *Image) reserve(off, n int64) (*allocation, error) {
 
 // lockSlice takes the exclusive side of mu for a change to the entry of guest
 // cluster c, and returns its slice. If the image does not own the table yet, the
-// slice is not in memory, or another request claims the cluster, it sees to that
-// instead, and returns nil without the lock: the caller looks again.
+// slice is not in memory or a hole, or another request claims the cluster, it sees
+// to that instead, and returns nil without the lock: the caller looks again.
 func (m *Image) lockSlice(c uint64) (*slice, error) {
 	id := m.sliceID(c)
 	i := m.l1Index(id)
@@ -149,6 +149,10 @@ func (m *Image) lockSlice(c uint64) (*slice, error) {
 	if s == nil {
 		m.mu.Unlock()
 		return nil, m.loadSlice(id)
+	}
+	if s.hollow {
+		m.mu.Unlock()
+		return nil, m.fillHollow(s)
 	}
 	if other := m.inflight.overlapping(c); other != nil && other.guest <= c {
 		done := other.wait()
