@@ -145,7 +145,7 @@ func (m *Image) alike(cur *cursor, e *entry, c, last uint64) uint64 {
 	switch {
 	case cur.slice == nil: // without a table, what follows in it is alike, too
 		return most
-	case m.wordBits > 0:
+	case m.wordBits > 0: // what they say of subclusters is in a word of its own
 		return 0
 	}
 	step := uint64(0)
