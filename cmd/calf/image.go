@@ -27,7 +27,7 @@ The verbs take the flags of qemu-img, end with its exit codes and print its JSON
 The format of an image is what -f says, else qcow2 if the name ends in .qcow2, else
 raw: it is never guessed from what the file holds.`,
 		Example: "  calf image create disk.qcow2 10G\n  calf image check disk.qcow2",
-		Args:    func(cmd *cobra.Command, args []string) error { return imageError(cobra.NoArgs(cmd, args)) },
+		Args:    func(cmd *cobra.Command, args []string) error { return imageError(cmd, cobra.NoArgs(cmd, args)) },
 		RunE:    func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.SetFlagErrorFunc(flagError)
@@ -96,7 +96,7 @@ func addVerb(cmd, verb *cobra.Command) {
 	run, args := verb.RunE, verb.Args
 	verb.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := refuseEmpty(cmd); err != nil {
-			return imageError(err)
+			return imageError(verb, err)
 		}
 		debug.SetMemoryLimit(verbMemory)
 		debug.SetGCPercent(verbGarbage)
@@ -104,18 +104,23 @@ func addVerb(cmd, verb *cobra.Command) {
 		defer stop()
 		context.AfterFunc(ctx, stop) // a second signal ends calf at once
 		cmd.SetContext(ctx)
-		return imageError(run(cmd, args))
+		return imageError(verb, run(cmd, args))
 	}
-	verb.Args = func(cmd *cobra.Command, a []string) error { return imageError(args(cmd, a)) }
+	verb.Args = func(cmd *cobra.Command, a []string) error { return imageError(verb, args(cmd, a)) }
 	cmd.AddCommand(verb)
 }
 
-// imageError gives err the exit code of a verb, if it has none.
-func imageError(err error) error {
+// imageError gives err, which is of a verb, the exit code that errors of it have, if it
+// has none.
+func imageError(verb *cobra.Command, err error) error {
 	if _, ok := err.(exitError); ok || err == nil { //nolint:errorlint // only the outermost counts
 		return err
 	}
-	return exitError{code: exitImage, message: err.Error()}
+	code := exitImage
+	if verb.Name() == compareVerb {
+		code = image.CompareNotOpened // for 1 says that the disks differ
+	}
+	return exitError{code: code, message: err.Error()}
 }
 
 // formatFlag defines -f.

@@ -9,6 +9,8 @@ import (
 	"github.com/calfvm/calf/cmd/internal/progress"
 )
 
+const compareVerb = "compare"
+
 func newImageCompare() *cobra.Command {
 	var (
 		formats             [2]string
@@ -16,7 +18,7 @@ func newImageCompare() *cobra.Command {
 		opens               openFlags
 	)
 	cmd := &cobra.Command{
-		Use:   "compare FILE FILE",
+		Use:   compareVerb + " FILE FILE",
 		Short: "Compare the disks in two images",
 		Long: `Compare the disks in two images, whatever their formats and options are, and print
 where the first difference is. What one lacks at its end must be zero in the other.

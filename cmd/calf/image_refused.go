@@ -101,8 +101,8 @@ func refuseFlags(verb *cobra.Command) {
 func newOtherVerb(name, instead string) *cobra.Command {
 	return &cobra.Command{
 		Use: name, Hidden: true, DisableFlagParsing: true,
-		RunE: func(*cobra.Command, []string) error {
-			return imageError(fmt.Errorf("calf image has no %s: %s", name, instead))
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return imageError(cmd, fmt.Errorf("calf image has no %s: %s", name, instead))
 		},
 	}
 }
@@ -121,9 +121,9 @@ func (refusedFlag) Type() string       { return "" }
 
 // flagError is what is wrong with the flags of a verb. A flag that is refused
 // says so itself, whatever its value.
-func flagError(_ *cobra.Command, err error) error {
+func flagError(cmd *cobra.Command, err error) error {
 	if r, ok := errors.AsType[refusal](err); ok {
 		err = r
 	}
-	return imageError(err)
+	return imageError(cmd, err)
 }
