@@ -43,7 +43,7 @@ for cpu in $(seq 0 $(($(nproc) - 1))); do
 	taskset $(printf %x $((1 << cpu))) dd if=/dev/vda of=/dev/null bs=4k count=100 iflag=direct 2>/dev/null
 done
 echo "guest: interrupts of each queue of vda, by CPU:"
-grep 'virtio0-req' /proc/interrupts
+grep 'virtio.*-req' /proc/interrupts
 echo "written by Linux $(uname -r)" >/hello
 sync
 echo "guest: wrote $(wc -c </hello) bytes to /hello, powering off"

@@ -19,7 +19,7 @@ touch_queues() {
 			dd if=/dev/vda of=/dev/null bs=4k count=50 iflag=direct 2>/dev/null
 		cpu=$((cpu + 1))
 	done
-	awk '/virtio0-req/ {
+	awk '/virtio.*-req/ {
 		for (i = 2; i < NF && $i ~ /^[0-9]+$/; i++) n += $i
 		sub(/.*req\./, "queue", $NF); print $NF "=" n; n = 0
 	}' /proc/interrupts

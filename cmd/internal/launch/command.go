@@ -41,6 +41,8 @@ const (
 	// tailBytes and tailLines are how much of the guest's console is shown when it
 	// dies without a status.
 	tailBytes, tailLines = 16 << 10, 25
+	// panicMark begins what a kernel says of why it gives up.
+	panicMark = "Kernel panic - not syncing"
 )
 
 // command is what a run has for a command in its guest. A nil one is of a run
@@ -258,7 +260,8 @@ func (t *tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// lines returns the last whole lines, without what moves a cursor or rings a bell.
+// lines returns the last whole lines, or the first of a panic if there is one, without
+// what moves a cursor or rings a bell.
 func (t *tail) lines() []string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -274,6 +277,9 @@ func (t *tail) lines() []string {
 		if clean != "" {
 			lines = append(lines, clean)
 		}
+	}
+	if i := slices.IndexFunc(lines, func(line string) bool { return strings.Contains(line, panicMark) }); i >= 0 {
+		return lines[i:min(len(lines), i+tailLines)]
 	}
 	return lines[max(0, len(lines)-tailLines):]
 }
