@@ -317,6 +317,9 @@ func result(cfg *config.Config, e end) Result {
 	switch {
 	case e.command.ended():
 		e.command.report(&r)
+		if also != nil && r.ExitCode == 0 {
+			r.ExitCode, r.Message = ExitError, strings.TrimPrefix(r.Message+"; the command ended well, but not everything that the guest wrote may be in place", "; ")
+		}
 	case e.command.died(e) && (e.outcome == vmm.PowerOff || e.outcome == vmm.Reboot || errors.Is(e.err, errCommandDone)):
 		r.ExitCode, r.Message = ExitGuest, "the guest ended without a status of the command"
 		also = errors.Join(e.command.err, also)
@@ -351,7 +354,7 @@ func result(cfg *config.Config, e end) Result {
 		r = Failed(e.err)
 	}
 	if also != nil {
-		r.Message += "; " + strings.ReplaceAll(also.Error(), "\n", "; ")
+		r.Message = strings.TrimPrefix(r.Message+"; "+strings.ReplaceAll(also.Error(), "\n", "; "), "; ")
 	}
 	if e.lost {
 		r.Message = strings.TrimPrefix(r.Message+"; output of its console that nobody read was dropped", "; ")

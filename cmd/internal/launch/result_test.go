@@ -9,6 +9,7 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/agent"
 	"github.com/calfvm/calf/vmm"
 	"golang.org/x/sys/unix"
 )
@@ -27,6 +28,11 @@ func TestResult(t *testing.T) {
 	}{
 		{"power-off", end{outcome: vmm.PowerOff, ran: true}, "poweroff", 0, ""},
 		{"power-off, image not closed", end{outcome: vmm.PowerOff, ran: true, closing: lost}, "poweroff", 125, "no space left; close console"},
+		{"command", end{ran: true, err: errCommandDone, command: &command{result: &agent.Result{Ran: true, Code: 7}}}, "exited", 7, ""},
+		{"command, image not closed", end{ran: true, command: &command{result: &agent.Result{Ran: true}}, closing: lost}, "exited", 125, "may be in place; close root.qcow2: no space left"},
+		{"command failed, image not closed", end{ran: true, command: &command{result: &agent.Result{Ran: true, Code: 7}}, closing: lost}, "exited", 7, "close root.qcow2: no space left"},
+		{"command not run", end{ran: true, command: &command{result: &agent.Result{Code: 127, Problem: "x: no such command"}}}, "not-run", 127, "no such command"},
+		{"command without a status", end{ran: true, outcome: vmm.PowerOff, command: &command{err: agent.ErrNoStatus}}, "poweroff", 255, "without a status"},
 		{"power-off, output dropped", end{outcome: vmm.PowerOff, ran: true, lost: true}, "poweroff", 0, "output of its console that nobody read was dropped"},
 		{"panic, output dropped", end{outcome: vmm.Panic, ran: true, lost: true}, "panic", 255, "says why; output of its console"},
 		{"panic", end{outcome: vmm.Panic, ran: true}, "panic", 255, "panicked"},
