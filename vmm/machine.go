@@ -203,15 +203,30 @@ func (m *Machine) AddDisk(d Disk) error {
 	return nil
 }
 
-// makeRoom raises GOMAXPROCS to the number of vCPUs and queues and a few more,
-// so that a vCPU in the guest never keeps a queue's worker from running.
-func (m *Machine) makeRoom() {
+// needed is what all machines of this process that run need of GOMAXPROCS.
+var needed struct {
+	mu sync.Mutex
+	n  int // guarded by mu
+}
+
+// makeRoom raises GOMAXPROCS to the number of vCPUs and queues and a few more, of all
+// machines that run, so that a vCPU in the guest never keeps a queue's worker from
+// running. leave says that this one needs no more.
+func (m *Machine) makeRoom() (leave func()) {
 	n := m.cfg.CPUs + 2
 	for _, d := range m.disks {
 		n += d.Queues
 	}
-	if n > runtime.GOMAXPROCS(0) {
-		runtime.GOMAXPROCS(n)
+	needed.mu.Lock()
+	defer needed.mu.Unlock()
+	needed.n += n
+	if needed.n > runtime.GOMAXPROCS(0) {
+		runtime.GOMAXPROCS(needed.n)
+	}
+	return func() {
+		needed.mu.Lock()
+		defer needed.mu.Unlock()
+		needed.n -= n
 	}
 }
 
@@ -226,7 +241,7 @@ func (m *Machine) phase(what string) {
 //
 // Run raises GOMAXPROCS where vCPUs and queues need it.
 func (m *Machine) Run(ctx context.Context) (Outcome, error) {
-	m.makeRoom()
+	defer m.makeRoom()()
 	m.in.start(m.cfg.Console.In)
 	for {
 		outcome, err := m.board.run(ctx)
