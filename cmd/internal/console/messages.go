@@ -2,6 +2,7 @@ package console
 
 import (
 	"bytes"
+	"io"
 	"os"
 	"sync/atomic"
 	"time"
@@ -15,7 +16,7 @@ import (
 // is gone. While the terminal is raw, when it no longer returns the carriage by
 // itself, Messages does. It is safe for concurrent use.
 type Messages struct {
-	w          *writer
+	w          io.Writer
 	isTerminal bool
 	raw        atomic.Bool // set while the terminal is raw
 }
@@ -31,6 +32,10 @@ func NewMessages(f *os.File) *Messages {
 		isTerminal: term.IsTerminal(int(f.Fd())),
 	}
 }
+
+// MessagesTo returns Messages that are written to w, which is no terminal and holds up
+// nobody either.
+func MessagesTo(w io.Writer) *Messages { return &Messages{w: w} }
 
 // IsTerminal reports whether somebody may be watching.
 func (m *Messages) IsTerminal() bool { return m.isTerminal }

@@ -52,6 +52,7 @@ type command struct {
 	streams *console.Console
 	tail    tail // of the guest's console
 	keep    bool
+	runs    func() // called when the command runs, may be nil
 	resized chan os.Signal
 
 	cancel context.CancelCauseFunc // of the session
@@ -73,7 +74,7 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 	if err != nil {
 		return nil, err
 	}
-	c := &command{streams: streams, keep: opts.Keep != "", done: make(chan struct{}), resized: make(chan os.Signal, 1)}
+	c := &command{streams: streams, keep: opts.Keep != "", runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
 	what := agent.Command{
 		Args: cfg.Run.Command, Workdir: cfg.Run.Workdir, User: cfg.Run.User, Terminal: size, Hostname: cfg.VM.Name,
 		Keep: c.keep, Copies: opts.Copies, Artifacts: opts.Artifacts,
@@ -161,6 +162,15 @@ func (c *command) begin(ctx context.Context, end func(error), bootTimeout time.D
 			select {
 			case <-c.session.Up():
 				late.Stop()
+			case <-c.done:
+			}
+		}()
+	}
+	if c.runs != nil {
+		go func() {
+			select {
+			case <-c.session.Started():
+				c.runs()
 			case <-c.done:
 			}
 		}()

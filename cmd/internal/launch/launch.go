@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
@@ -34,6 +36,11 @@ type Options struct {
 	// Keep is the path of a new image that takes what is written to the first
 	// disk, empty if that is thrown away or written there.
 	Keep string
+	// Signals are what the run answers to in place of the process's own signals, nil
+	// for those.
+	Signals <-chan os.Signal
+	// CommandRuns, if not nil, is called when the guest runs its command.
+	CommandRuns func()
 	// AllowEmulation accepts a KVM that only emulates, which is enough for the
 	// guests of tests.
 	AllowEmulation bool
@@ -48,6 +55,9 @@ const (
 	exitSignal   = 128 // plus the number of the signal
 )
 
+// ExitSignal is the exit code of what sig has ended.
+func ExitSignal(sig unix.Signal) int { return exitSignal + int(sig) }
+
 // Outcomes that the machine itself does not know.
 const (
 	outcomeExited  = "exited" // the command has
@@ -55,6 +65,7 @@ const (
 	outcomeTimeout = "timeout"
 	outcomeKilled  = "killed"
 	outcomeError   = "error"
+	outcomeSkipped = "not-started"
 )
 
 // Result says how a run went.
@@ -79,6 +90,18 @@ type CommandResult struct {
 func Failed(err error) Result {
 	return Result{Outcome: outcomeError, ExitCode: ExitError, Message: err.Error()}
 }
+
+// NotStarted is the result of a run that was not begun, because sig came before its
+// turn.
+func NotStarted(sig unix.Signal) Result {
+	return Result{
+		Outcome: outcomeSkipped, ExitCode: ExitSignal(sig),
+		Message: fmt.Sprintf("signal %d (%v) came before its turn", int(sig), sig),
+	}
+}
+
+// Skipped reports whether r is of a run that was not begun, through no fault of its own.
+func (r Result) Skipped() bool { return r.Outcome == outcomeSkipped }
 
 // Check opens everything that cfg names, for reading, and reports what is wrong
 // that can be found without a guest.
@@ -150,7 +173,7 @@ func checkConsole(spec console.Spec, cfg *config.Config) error {
 // Run runs the guest of cfg, which has been validated, until it ends.
 func Run(cfg *config.Config, opts Options) Result {
 	began := time.Now()
-	ctx, stop := watch(opts.Streams.Messages, cfg.VM.Timeout)
+	ctx, stop := watch(opts.Streams.Messages, cfg.VM.Timeout, opts.Signals)
 	e := run(ctx, cfg.Effective(), opts)
 	stop.release()
 	r := result(cfg, e)
@@ -342,7 +365,7 @@ func result(cfg *config.Config, e end) Result {
 			also = errors.Join(e.err, also)
 		}
 	case errors.As(e.err, &killed):
-		r.Outcome, r.ExitCode = outcomeKilled, exitSignal+int(killed.signal)
+		r.Outcome, r.ExitCode = outcomeKilled, ExitSignal(killed.signal)
 		r.Message = killed.Error()
 	case errors.Is(e.err, errTimeout):
 		r.Outcome, r.ExitCode = outcomeTimeout, ExitTimeout

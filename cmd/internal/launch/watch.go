@@ -36,6 +36,7 @@ type watched struct {
 	context.Context
 	end      context.CancelCauseFunc
 	messages io.Writer
+	last     func() // called before a signal ends the run: one more ends a calf that hangs
 
 	mu      sync.Mutex // guards what follows
 	machine controls   // nil while no guest runs
@@ -51,34 +52,53 @@ type controls interface {
 
 // watcher is the part of a run that listens to signals.
 type watcher struct {
-	signals chan os.Signal
-	done    chan struct{} // closed when nobody listens any more
-	cancel  context.CancelFunc
+	stop   func()        // gives the signals back
+	quit   chan struct{} // closed by release
+	done   chan struct{} // closed when nobody listens any more
+	cancel context.CancelFunc
 }
 
-// watch begins a run: its timeout, and the signals that end it. The first
-// interrupt asks the guest to power off; the second ends it. SIGCONT lets disks
-// go on that have stopped. SIGHUP and SIGINT
-// stay ignored if the process was started to ignore them; of the others, Go does
-// not keep that.
-func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
+// Notify has c receive the signals that a run answers to: those by which users end
+// it, and SIGCONT. SIGHUP and SIGINT stay ignored if the process was started to ignore
+// them; of the others, Go does not keep that.
+func Notify(c chan<- os.Signal) {
+	signal.Notify(c, unix.SIGCONT)
+	for _, sig := range endingSignals {
+		if !signal.Ignored(sig) {
+			signal.Notify(c, sig)
+		}
+	}
+}
+
+// Release takes back what Notify does to the signals that end a run, for everybody: one
+// more ends the process.
+func Release() { signal.Reset(endingSignals...) }
+
+// watch begins a run: its timeout, and the signals that end it, which are those of the
+// process if signals is nil. The first interrupt asks the guest to power off; the
+// second ends it. SIGCONT lets disks go on that have stopped.
+func watch(messages io.Writer, timeout time.Duration, signals <-chan os.Signal) (*watched, *watcher) {
 	ctx, cancel := context.Background(), context.CancelFunc(func() {})
 	if timeout > 0 {
 		ctx, cancel = context.WithTimeoutCause(ctx, timeout, errTimeout)
 	}
 	ctx, end := context.WithCancelCause(ctx)
-	w := &watched{Context: ctx, end: end, messages: messages}
-	s := &watcher{signals: make(chan os.Signal, 8), done: make(chan struct{}), cancel: cancel}
-	signal.Notify(s.signals, unix.SIGCONT)
-	for _, sig := range endingSignals {
-		if !signal.Ignored(sig) {
-			signal.Notify(s.signals, sig)
-		}
+	w := &watched{Context: ctx, end: end, messages: messages, last: func() {}}
+	s := &watcher{stop: func() {}, quit: make(chan struct{}), done: make(chan struct{}), cancel: cancel}
+	if signals == nil {
+		own := make(chan os.Signal, 8)
+		Notify(own)
+		signals, w.last, s.stop = own, Release, func() { signal.Stop(own) }
 	}
 	go func() {
 		defer close(s.done)
-		for sig := range s.signals {
-			w.handle(sig.(unix.Signal))
+		for {
+			select {
+			case sig := <-signals:
+				w.handle(sig.(unix.Signal))
+			case <-s.quit:
+				return
+			}
 		}
 	}()
 	return w, s
@@ -86,8 +106,8 @@ func watch(messages io.Writer, timeout time.Duration) (*watched, *watcher) {
 
 // release ends the watch and gives the signals back.
 func (s *watcher) release() {
-	signal.Stop(s.signals)
-	close(s.signals)
+	s.stop()
+	close(s.quit)
 	<-s.done
 	s.cancel()
 }
@@ -115,7 +135,7 @@ func (w *watched) handle(sig unix.Signal) {
 	}
 	killed := &killedError{signal: sig, why: fmt.Sprintf("the run was ended by signal %d (%v)", int(sig), sig)}
 	if machine == nil || again || sig == unix.SIGQUIT {
-		signal.Reset(endingSignals...) // one more ends a calf that hangs
+		w.last()
 		w.end(killed)
 		return
 	}
