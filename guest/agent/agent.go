@@ -48,8 +48,7 @@ type Transfer struct{ From, To string }
 
 // Command is what is run in the guest.
 type Command struct {
-	// Args are the command and its arguments. Without any, the init of the image
-	// runs.
+	// Args are the command and its arguments. There is at least the command.
 	Args []string
 	// Env are variables as NAME=VALUE, over those that a login sets.
 	Env []string
@@ -140,16 +139,11 @@ const maxIdle = 10 * time.Second
 // Serve takes a connection of the guest to Port, and returns when it is of no more
 // use.
 func (s *Session) Serve(c Conn) {
-	c.Accept()
-	late := time.AfterFunc(maxIdle, func() { _ = c.Close() })
-	r := bufio.NewReaderSize(c, wire.MaxLine)
-	var o wire.Opening
-	err := wire.Read(r, &o)
-	if !late.Stop() || err != nil || !s.take(o) {
+	in, o, err := accept(c)
+	if err != nil || !s.take(o) {
 		_ = c.Close()
 		return
 	}
-	in := &opened{Conn: c, r: r}
 	switch o.Stream {
 	case wire.Control:
 		s.control <- in
@@ -277,9 +271,6 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 			close(s.up)
 			if err := s.begin(c); err != nil {
 				return nil, 0, err
-			}
-			if len(s.command.Args) == 0 {
-				return result, 0, nil
 			}
 		case m.Hello != nil:
 			return nil, 0, errors.New("the guest has begun anew")

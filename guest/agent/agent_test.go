@@ -32,6 +32,7 @@ func (c *hostEnd) Accept() { c.accepted.Store(true) }
 type fakeGuest struct {
 	t *testing.T
 	s *Session
+	h *HandOver // instead, if it is not nil
 }
 
 // dial opens a connection, and says what it is for unless that is empty.
@@ -54,6 +55,10 @@ func (g *fakeGuest) dial(stream string, index int) *net.UnixConn {
 	go func() {
 		defer close(served)
 		defer ends[1].Close()
+		if g.h != nil {
+			g.h.Serve(&hostEnd{UnixConn: ends[1]})
+			return
+		}
 		g.s.Serve(&hostEnd{UnixConn: ends[1]})
 	}()
 	g.t.Cleanup(func() {
@@ -106,7 +111,7 @@ func run(t *testing.T, c Command, in string, guest func(g *fakeGuest)) (out, err
 		r, err := s.Run(ctx)
 		done <- result{r, err}
 	}()
-	guest(&fakeGuest{t, s})
+	guest(&fakeGuest{t: t, s: s})
 	got := <-done
 	return o.String(), e.String(), got.Result, got.err
 }
@@ -284,6 +289,29 @@ func TestGreedyGuest(t *testing.T) {
 	})
 	if err != nil {
 		t.Error(err)
+	}
+}
+
+// TestHandOver plays two boots of a guest whose init takes over, and one that asks for
+// more.
+func TestHandOver(t *testing.T) {
+	var kernels []string
+	g := &fakeGuest{t: t, h: &HandOver{Hostname: "h", Up: func(kernel string) { kernels = append(kernels, kernel) }}}
+	for boot := range 2 {
+		control, _, start := g.begin()
+		if len(start.Args) != 0 || start.Hostname != "h" || time.Since(time.Unix(0, start.Time)).Abs() > time.Minute || len(kernels) != boot+1 {
+			t.Errorf("boot %d: the guest is told %+v, and %q are up", boot, start, kernels)
+		}
+		_ = control.Close()
+	}
+	for _, o := range []wire.Opening{{Stream: wire.Stdin}, {Stream: wire.Control, Index: 1}, {Stream: wire.Copy}} {
+		c := g.dial(o.Stream, o.Index)
+		if got := read(t, c); got != "" {
+			t.Errorf("%+v gives the guest %q", o, got)
+		}
+	}
+	if len(kernels) != 2 {
+		t.Errorf("%q are up", kernels)
 	}
 }
 

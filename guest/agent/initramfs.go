@@ -72,6 +72,11 @@ func Cmdline(readOnly bool) string {
 	return s
 }
 
+// CmdlineInit is Cmdline for an agent that lets the image's init take over, even if it
+// cannot reach the host. What the init is to be told has to follow it: a kernel forgets
+// the words before rdinit=.
+func CmdlineInit(readOnly bool) string { return Cmdline(readOnly) + " " + pid1.ArgInit }
+
 // RootArgs tell the agent that its root is on the device, such as /dev/vda1, with a
 // file system of the given kind, which may be empty. Without them it goes by root= and
 // rootfstype=.

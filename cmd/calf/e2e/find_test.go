@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/calfvm/calf/cmd/internal/lab"
 )
@@ -66,7 +67,8 @@ func (im *images) distribution(partitions ...map[string]string) string {
 }
 
 // An image boots by itself: its own kernel, the initial RAM disk that goes with it,
-// and its root, which calf finds by what is in it.
+// and its root, which calf finds by what is in it. The agent has the image's init take
+// over, with what the kernel has been told for it.
 func TestKernelOfImage(t *testing.T) {
 	lab.Need(t)
 	im := newImages(t)
@@ -74,17 +76,29 @@ func TestKernelOfImage(t *testing.T) {
 	image := im.distribution(withKernels(t, map[string]string{"/sbin/init": "#!/bin/sh\n" + prelude + `
 		echo release=$(uname -r)
 		echo cmdline=$(cat /proc/cmdline)
+		echo init="$$ $0 $* $WORD"
+		echo hostname=$(hostname)
+		echo year=$(date +%Y)
 		echo written >/file
 		sync
 		poweroff -f`}, "/boot", []lab.Kernel{k}))
 	before := checksum(t, image)
-	vm := startCalf(t, "run", image, "--memory", "256MiB", "--cmdline", "quiet")
+	config := filepath.Join(t.TempDir(), "calf.toml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, "[vm]\nname = 'own'\nmemory = '256MiB'\nboot_timeout = '2m'\n[boot]\ncmdline = 'quiet single WORD=w'\n[[disk]]\npath = '%s'\nsnapshot = true\n", image), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	vm := startCalf(t, "run", config)
 	vm.exits(0)
 	if got := vm.value("release"); got != k.Release {
 		t.Errorf("the guest runs %s, want %s", got, k.Release)
 	}
-	if got, want := vm.value("cmdline"), "console=ttyS0 panic=-1 reboot=panic_warm root=UUID="; !strings.HasPrefix(got, want) || !strings.HasSuffix(got, " quiet") {
-		t.Errorf("the guest's command line is %q, want %s… quiet", got, want)
+	if got, want := vm.value("cmdline"), "console=ttyS0 panic=-1 reboot=panic_warm rdinit=/.calf/init calf.init calf.root=/dev/vda1 calf.rootfstype=ext4 root=UUID="; !strings.HasPrefix(got, want) || !strings.HasSuffix(got, " quiet single WORD=w") {
+		t.Errorf("the guest's command line is %q, want %s… quiet single WORD=w", got, want)
+	}
+	for name, want := range map[string]string{"init": "1 /sbin/init single w", "hostname": "own", "year": fmt.Sprint(time.Now().Year())} {
+		if got := vm.value(name); got != want {
+			t.Errorf("the guest's init says %s=%s, want %s", name, got, want)
+		}
 	}
 	if checksum(t, image) != before {
 		t.Errorf("%s has changed", filepath.Base(image))

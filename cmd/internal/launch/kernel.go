@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -20,14 +19,15 @@ import (
 // anew for each start of the guest, so that a reboot starts what the guest has left
 // there. A nil one is of a guest whose kernel is given.
 type diskKernel struct {
-	cfg  *config.Config
-	disk blk.Disk
-	log  *slog.Logger
+	cfg   *config.Config
+	disk  blk.Disk
+	log   *slog.Logger
+	agent *handOver // nil: of a command, or none
 }
 
 // newDiskKernel opens the first disk of cfg, which is effective, for reading; nil if
 // the disk does not matter.
-func newDiskKernel(cfg *config.Config, log *slog.Logger) (*diskKernel, error) {
+func newDiskKernel(cfg *config.Config, log *slog.Logger, agent *handOver) (*diskKernel, error) {
 	if cfg.Boot.Kernel != "" || len(cfg.Disks) == 0 {
 		return nil, nil
 	}
@@ -35,7 +35,7 @@ func newDiskKernel(cfg *config.Config, log *slog.Logger) (*diskKernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &diskKernel{cfg, disk, log}, nil
+	return &diskKernel{cfg, disk, log, agent}, nil
 }
 
 // close closes the disk that newDiskKernel has opened.
@@ -67,15 +67,21 @@ func (k *diskKernel) payload() (vmm.Payload, error) {
 		return vmm.Payload{}, err
 	}
 	k.log.Info("found a kernel on the first disk", "kernel", f.Kernel, "title", f.Title, "cmdline", f.Cmdline())
-	return vmm.Payload{
-		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: strings.TrimSpace(f.Cmdline() + " " + k.agentRoot(f)),
-	}, nil
+	p := vmm.Payload{
+		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: f.Cmdline(),
+	}
+	if len(k.cfg.Run.Command) > 0 {
+		p.Cmdline = strings.TrimSpace(p.Cmdline + " " + rootArgs(f))
+		return p, nil
+	}
+	k.agent.use(&p, f)
+	return p, nil
 }
 
-// agentRoot tells an agent in the guest where the root is, as far as that is known of
+// rootArgs tells an agent in the guest where the root is, as far as that is known of
 // the first disk.
-func (k *diskKernel) agentRoot(f *find.Found) string {
-	if len(k.cfg.Run.Command) == 0 || f.Root == "" || f.RootPartition == nil {
+func rootArgs(f *find.Found) string {
+	if f.RootPartition == nil {
 		return ""
 	}
 	device := "/dev/vda"
@@ -97,11 +103,13 @@ func findKernel(cfg *config.Config, disk blk.Disk) (*find.Found, error) {
 		}
 		return nil, fmt.Errorf("disk %s: %w; %s", cfg.Disks[0].Path, err, what)
 	}
-	given := slices.ContainsFunc(strings.Fields(cfg.Boot.Cmdline), func(arg string) bool { return strings.HasPrefix(arg, "root=") })
-	switch {
-	case given:
-		f.Root = ""
-	case f.Root == "":
+	for arg := range strings.FieldsSeq(cfg.Boot.Cmdline) {
+		if root, ok := strings.CutPrefix(arg, "root="); ok {
+			f.SetRoot(root)
+			return f, nil
+		}
+	}
+	if f.Root == "" {
 		return nil, fmt.Errorf("disk %s: %v has a kernel, but nothing says where its root is; give it with --cmdline root=/dev/vda1 or the like",
 			cfg.Disks[0].Path, find.Partition{Number: f.Kernel.Partition})
 	}

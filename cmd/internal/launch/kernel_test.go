@@ -136,7 +136,7 @@ func TestPayload(t *testing.T) {
 		"root=/dev/vdb1": "ro net.ifnames=0",
 	} {
 		cfg := (&config.Config{Boot: config.Boot{Cmdline: cmdline}, Disks: []config.Disk{disk}}).Effective()
-		k, err := newDiskKernel(cfg, slog.New(slog.DiscardHandler))
+		k, err := newDiskKernel(cfg, slog.New(slog.DiscardHandler), nil)
 		if err != nil {
 			t.Fatal(err)
 		}

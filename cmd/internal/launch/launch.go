@@ -223,13 +223,19 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 	}
 	defer func() { also(cmd.close()) }()
 	e.command = cmd
-	socket, err := openVsock(cfg.Vsock, cmd.serve())
+	init := newHandOver(cfg, opts.Logger, ctx.end)
+	defer init.stop()
+	serve := cmd.serve()
+	if cmd == nil {
+		serve = init.serve()
+	}
+	socket, err := openVsock(cfg.Vsock, serve)
 	if err != nil {
 		e.err = err
 		return e
 	}
 	defer func() { also(socket.close()) }()
-	machine, kernel, err := newMachine(cfg, opts, cons, socket, cmd)
+	machine, kernel, err := newMachine(cfg, opts, cons, socket, cmd, init)
 	if err != nil {
 		e.err = err
 		return e
@@ -271,8 +277,8 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 
 // newMachine builds the machine of cfg, without its disks. A kernel on the first one
 // is read from it here, before any is opened for writing.
-func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost, cmd *command) (*vmm.Machine, *diskKernel, error) {
-	kernel, err := newDiskKernel(cfg, opts.Logger)
+func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket *vsockHost, cmd *command, init *handOver) (*vmm.Machine, *diskKernel, error) {
+	kernel, err := newDiskKernel(cfg, opts.Logger, init)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -26,27 +26,35 @@ const (
 // started as the agent.
 func IsAgent() bool { return os.Getpid() == 1 && os.Args[0] == "/"+Program }
 
-// Main runs the agent, and ends the guest. What goes wrong before the host can be
-// told is said on the console.
+// Main runs the agent, and ends the guest unless the image's init takes over. What goes
+// wrong before the host can be told is said on the console.
 func Main() {
-	if err := run(); err != nil {
+	a, err := start()
+	if err == nil {
+		err = run(a)
+	}
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "calf: the agent in the guest gives up: %v\n", err)
 	}
 	unix.Sync()
+	if a.handOver {
+		os.Exit(1) // the kernel panics: a guest that cannot be started is none that has ended
+	}
 	// There is nothing left to do if this fails, either: the kernel panics when
 	// its first process ends.
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
-func run() error {
+// start returns what the kernel has been told.
+func start() (args, error) {
 	if err := mountKernel(); err != nil {
-		return err
+		return args{}, err
 	}
-	args, err := readArgs()
-	if err != nil {
-		return err
-	}
-	root, err := findRoot(args)
+	return readArgs()
+}
+
+func run(a args) error {
+	root, err := findRoot(a)
 	if err != nil {
 		return err
 	}
@@ -54,11 +62,17 @@ func run() error {
 		return err
 	}
 	// The drivers may be in either place, and the initramfs is about to go.
-	if err := loadAny([]string{"/", newRoot}, "vmw_vsock_virtio_transport"); err != nil {
+	if err := loadAny([]string{"/", newRoot}, "vmw_vsock_virtio_transport"); err != nil && !a.handOver {
 		return fmt.Errorf("the driver of the socket device cannot be loaded: %w", err)
 	}
 	if err := switchRoot(); err != nil {
 		return err
+	}
+	if a.handOver {
+		if err := announce(); err != nil {
+			fmt.Fprintf(os.Stderr, "calf: the host does not learn that the guest is up: %v\n", err)
+		}
+		return handOver(a.init)
 	}
 	if err := mountUsual(); err != nil {
 		return err

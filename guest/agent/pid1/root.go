@@ -19,6 +19,7 @@ const (
 	ArgRoot     = "calf.root="       // the device of the root
 	ArgKind     = "calf.rootfstype=" // what kind of file system it has
 	ArgReadOnly = "calf.ro"          // the device cannot be written
+	ArgInit     = "calf.init"        // the image's init takes over, whatever the host says
 )
 
 // patience is how long a device may take to appear.
@@ -27,7 +28,10 @@ const patience = 30 * time.Second
 // args are the arguments of the kernel, as far as the agent looks at them.
 type args struct {
 	device, kind, flags string
-	readOnly            bool
+	readOnly            bool // the device cannot be written
+	handOver            bool
+	init                string // that of init=
+	mountReadOnly       bool   // the image's init is to find its root so
 }
 
 func readArgs() (args, error) {
@@ -56,6 +60,12 @@ func parseArgs(line string) args {
 			own.kind = value
 		case ArgReadOnly + "=":
 			a.readOnly = true
+		case ArgInit + "=":
+			a.handOver = true
+		case "init=":
+			a.init = value
+		case "ro=", "rw=":
+			a.mountReadOnly = name == "ro"
 		}
 	}
 	if own.device != "" {
@@ -139,7 +149,7 @@ func (r *root) mount() error {
 		kinds = []string{"ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs"}
 	}
 	var flags uintptr
-	if r.readOnly {
+	if r.readOnly || r.handOver && r.mountReadOnly {
 		flags = unix.MS_RDONLY
 	}
 	if err := os.MkdirAll(newRoot, 0o755); err != nil {

@@ -14,39 +14,54 @@ import (
 )
 
 // initPaths are where an image has its own first process.
-var initPaths = []string{"/sbin/init", "/etc/init", "/bin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd"}
+var initPaths = []string{"/sbin/init", "/etc/init", "/bin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/bin/sh"}
 
-// serve does what the host asks for.
-func serve() error {
-	control, err := dial(wire.Control, 0)
+// meet tells the host that the guest is up, and makes it what the host says. The
+// caller closes control.
+func meet() (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
+	if control, err = dial(wire.Control, 0); err != nil {
+		return nil, nil, nil, err
+	}
+	var name unix.Utsname
+	var m wire.ToGuest
+	r = bufio.NewReaderSize(control, maxStart)
+	if err = unix.Uname(&name); err == nil {
+		err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: unix.ByteSliceToString(name.Release[:])}})
+	}
+	if err == nil {
+		err = wire.Read(r, &m)
+	}
+	if err == nil && m.Start == nil {
+		err = errors.New("it does not say what to run")
+	}
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("the host: %w", errors.Join(err, control.Close()))
+	}
+	if err = setUp(m.Start); err != nil {
+		return nil, nil, nil, errors.Join(err, control.Close())
+	}
+	return control, r, m.Start, nil
+}
+
+// announce tells the host that the guest is up, and no more.
+func announce() error {
+	control, _, _, err := meet()
 	if err != nil {
 		return err
 	}
-	defer func() { _ = control.Close() }() // twice, if the image's init takes over
+	return control.Close()
+}
+
+// serve runs the command that the host names.
+func serve() error {
+	control, r, start, err := meet()
+	if err != nil {
+		return err
+	}
+	defer func() { _ = control.Close() }() // the host has closed its end
 	h := &host{f: control}
-	var name unix.Utsname
-	if err := unix.Uname(&name); err != nil {
-		return err
-	}
-	if err := h.send(wire.ToHost{Hello: &wire.Hello{Kernel: unix.ByteSliceToString(name.Release[:])}}); err != nil {
-		return err
-	}
-	r := bufio.NewReaderSize(control, maxStart)
-	var m wire.ToGuest
-	if err := wire.Read(r, &m); err != nil {
-		return fmt.Errorf("the host says nothing: %w", err)
-	}
-	if m.Start == nil {
-		return errors.New("the host does not say what to run")
-	}
-	if err := setUp(m.Start); err != nil {
-		return err
-	}
-	if len(m.Start.Args) == 0 {
-		return errors.Join(control.Close(), handOver())
-	}
-	exit := runCommand(h, r, m.Start)
-	if m.Start.Keep {
+	exit := runCommand(h, r, start)
+	if start.Keep {
 		unix.Sync()
 	}
 	if err := h.send(wire.ToHost{Exit: &exit}); err != nil {
@@ -54,7 +69,7 @@ func serve() error {
 	}
 	// The host closes the connection once it has everything.
 	_, _ = control.Read(make([]byte, 1))
-	if m.Start.Keep {
+	if start.Keep {
 		return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
 	}
 	return nil
@@ -113,11 +128,20 @@ func setUp(s *wire.Start) error {
 	return nil
 }
 
-// handOver runs the init of the image in the place of this process.
-func handOver() error {
-	for _, path := range initPaths {
-		err := unix.Exec(path, []string{path}, []string{"HOME=/", "TERM=linux", "PATH=" + defaultPath})
-		if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
+// handOver runs the init of the image in the place of this process, with what the
+// kernel would have told it. named is the one that init= names, if it does.
+func handOver(named string) error {
+	paths := initPaths
+	if named != "" {
+		paths = []string{named}
+	}
+	env := os.Environ()
+	if os.Getenv("PATH") == "" {
+		env = append(env, "PATH="+defaultPath)
+	}
+	for _, path := range paths {
+		err := unix.Exec(path, append([]string{path}, os.Args[1:]...), env)
+		if named != "" || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR) {
 			return fmt.Errorf("the image's %s cannot be run: %w", path, err)
 		}
 	}

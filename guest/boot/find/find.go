@@ -72,6 +72,12 @@ func (f *File) String() string {
 	return fmt.Sprintf("%v: %s", Partition{Number: f.Partition}, f.Path)
 }
 
+// SetRoot takes note of another root, which the kernel is told elsewhere: value is that
+// of an argument root=.
+func (f *Found) SetRoot(value string) {
+	f.Root, f.RootPartition = "", named(f.Partitions, value)
+}
+
 // Cmdline is the root and the arguments as a kernel takes them.
 func (f *Found) Cmdline() string {
 	return strings.TrimSpace(f.Root + " " + strings.Join(f.Args, " "))
@@ -112,9 +118,6 @@ func Kernel(disk io.ReaderAt, size int64) (*Found, error) {
 		return nil, err
 	}
 	f := &Found{Title: e.title, Config: e.config, Kernel: e.kernel, Initrds: e.initrds}
-	for _, v := range parts {
-		f.Partitions = append(f.Partitions, v.Partition)
-	}
 	f.setArgs(parts, e.args)
 	return f, nil
 }

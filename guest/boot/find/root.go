@@ -17,6 +17,9 @@ var dropped = []string{"console", "earlycon", "earlyprintk", "panic", "reboot", 
 
 // setArgs takes the arguments of an entry over, and finds the root.
 func (f *Found) setArgs(parts []*volume, args []string) {
+	for _, v := range parts {
+		f.Partitions = append(f.Partitions, v.Partition)
+	}
 	for _, arg := range args {
 		key, value, _ := strings.Cut(arg, "=")
 		switch {
@@ -27,7 +30,7 @@ func (f *Found) setArgs(parts []*volume, args []string) {
 		}
 	}
 	if f.Root != "" {
-		f.RootPartition = named(parts, strings.TrimPrefix(f.Root, "root="))
+		f.RootPartition = named(f.Partitions, strings.TrimPrefix(f.Root, "root="))
 	} else if root := looksLikeRoot(parts); root != nil {
 		f.Root, f.RootPartition = "root=UUID="+root.UUID, &root.Partition
 	}
@@ -62,13 +65,14 @@ func (p *Partition) kernelName() string {
 }
 
 // named returns the partition that a value of root= means, or nil.
-func named(parts []*volume, value string) *Partition {
-	for _, v := range parts {
+func named(parts []Partition, value string) *Partition {
+	for i, v := range parts {
 		is := func(prefix, id string) bool { return id != "" && strings.EqualFold(value, prefix+id) }
 		if is("UUID=", v.UUID) || is("PARTUUID=", v.PartUUID) || is("LABEL=", v.Label) || is("PARTLABEL=", v.PartLabel) ||
 			is("/dev/disk/by-uuid/", v.UUID) || is("/dev/disk/by-partuuid/", v.PartUUID) || is("/dev/disk/by-label/", v.Label) ||
+			is("/dev/disk/by-partlabel/", v.PartLabel) ||
 			v.Number > 0 && value == fmt.Sprint(firstDisk, v.Number) || v.Number == 0 && value == firstDisk {
-			return &v.Partition
+			return &parts[i]
 		}
 	}
 	return nil

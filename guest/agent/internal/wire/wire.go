@@ -91,7 +91,7 @@ type Size struct {
 // Start is what the guest is to run.
 type Start struct {
 	// Args are the command and its arguments. Without any, the init of the image
-	// takes over, and nothing more is said.
+	// takes over, and Time and Hostname are all that is said.
 	Args    []string `json:"args"`
 	Env     []string `json:"env,omitempty"` // NAME=VALUE, over what a login sets
 	Workdir string   `json:"workdir,omitempty"`
