@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -33,9 +34,21 @@ type Config struct {
 	Run   Run    `toml:"run,omitempty"`
 	Disks []Disk `toml:"disk"` // in order: vda, vdb, …
 
+	Copies    []Copy     `toml:"copy,omitempty"`
+	Artifacts []Artifact `toml:"artifact,omitempty"`
+
+	// Target is the name of the target that this is the configuration of, if it is
+	// that of one.
+	Target string `toml:"-"`
+
+	// targets are the configurations of the targets, whole.
+	targets []*Config `toml:"target"`
+
+	// dir is the directory of the file, where a path begins that is not given.
+	dir string
 	// origins says where values came from, by path ("vm.cpus",
 	// "disk[0].path"), so that an error found later can still name the place.
-	// The path "" stands for the file as a whole.
+	// The path "" stands for the file as a whole, or the table of the target.
 	origins map[string]origin
 }
 
@@ -76,7 +89,7 @@ type Disk struct {
 	Path        string   `toml:"path"`
 	Format      string   `toml:"format"` // FormatQCOW2 or FormatRaw
 	ReadOnly    bool     `toml:"readonly"`
-	Snapshot    bool     `toml:"snapshot"` // writes go to a throw-away overlay
+	Snapshot    bool     `toml:"snapshot"` // writes go to a throw-away overlay; as a default, if there is a command
 	Queues      int      `toml:"queues"`
 	QueueSize   int      `toml:"queue_size"` // descriptors per queue
 	Cache       string   `toml:"cache"`
@@ -91,6 +104,21 @@ type Disk struct {
 	BackingDirs []string `toml:"backing_dirs,omitempty"`
 	DataFile    string   `toml:"data_file,omitempty"` // "" = DataFileRefuse
 	L2Cache     Size     `toml:"l2_cache,omitzero"`   // 0 = the image engine decides
+}
+
+// Copy is a table [[copy]]: a file or tree that goes to the guest before its command
+// runs. A tree becomes the directory To; a file becomes the file To, or goes into it
+// if it is a directory or ends in a slash.
+type Copy struct {
+	From string `toml:"from"` // path of the host
+	To   string `toml:"to"`   // path of the guest
+}
+
+// Artifact is a table [[artifact]]: a file or tree that comes from the guest after its
+// command has run, also if that failed. It becomes To as a Copy does.
+type Artifact struct {
+	From string `toml:"from"` // path of the guest
+	To   string `toml:"to"`   // path of the host; "" = the last name of From, beside the file
 }
 
 // What becomes of an image that names an external data file.
@@ -129,18 +157,26 @@ const (
 // Default returns what holds for a guest of which nothing is said.
 func Default() *Config { return new(Config).Effective() }
 
+// Expand returns the configurations of a run of c: one for each target, in the order
+// of the file, or c alone if there is none. They share no value, and they are what
+// c.Validate and c.TOML are about, so flags are to be applied to each of them.
+func (c *Config) Expand() []*Config {
+	if len(c.targets) == 0 {
+		return []*Config{c}
+	}
+	return c.targets
+}
+
 // Effective returns a copy of c with every default filled in: what a run of c
 // means.
 func (c *Config) Effective() *Config {
-	e := *c
-	e.origins = maps.Clone(c.origins)
-	e.Run.Command, e.Run.Env = slices.Clone(c.Run.Command), maps.Clone(c.Run.Env)
+	e := c.clone()
 	e.VM.CPUs = orDefault(c.VM.CPUs, 1)
 	e.VM.Memory = orDefault(c.VM.Memory, defaultMemory)
-	e.Disks = slices.Clone(c.Disks)
 	for i := range e.Disks {
 		d := &e.Disks[i]
 		d.Format = orDefault(d.Format, formatOf(d.Path))
+		d.Snapshot = c.snapshot(i)
 		d.Queues = orDefault(d.Queues, min(e.VM.CPUs, maxQueues))
 		d.QueueSize = orDefault(d.QueueSize, defaultQueueSize)
 		d.Cache = orDefault(d.Cache, CacheWriteback)
@@ -148,16 +184,50 @@ func (c *Config) Effective() *Config {
 		yes := true
 		d.Discard = orDefault(d.Discard, &yes)
 		d.OnError = orDefault(d.OnError, OnErrorReport)
+	}
+	for i := range e.Artifacts {
+		a := &e.Artifacts[i]
+		a.To = orDefault(a.To, filepath.Join(c.dir, lastName(a.From)))
+	}
+	for i := range e.targets {
+		e.targets[i] = e.targets[i].Effective()
+	}
+	return e
+}
+
+// clone returns a copy of c that shares nothing with it.
+func (c *Config) clone() *Config {
+	e := *c
+	e.origins = maps.Clone(c.origins)
+	e.Run.Command, e.Run.Env = slices.Clone(c.Run.Command), maps.Clone(c.Run.Env)
+	e.Disks, e.Copies, e.Artifacts = slices.Clone(c.Disks), slices.Clone(c.Copies), slices.Clone(c.Artifacts)
+	for i := range e.Disks {
+		d := &e.Disks[i]
 		d.BackingDirs = slices.Clone(d.BackingDirs)
+		if d.Discard != nil {
+			d.Discard = new(*d.Discard)
+		}
+	}
+	e.targets = slices.Clone(c.targets)
+	for i := range e.targets {
+		e.targets[i] = e.targets[i].clone()
 	}
 	return &e
 }
 
-// SaysSnapshot reports whether the file or a flag says of disk i whether its writes
-// go to a throw-away overlay.
-func (c *Config) SaysSnapshot(i int) bool {
-	_, ok := c.origins[diskPath(i)+".snapshot"]
-	return ok
+// lastName returns the last part of a path of the guest, or "" if it has none.
+func lastName(guestPath string) string {
+	name := path.Base(path.Clean(guestPath))
+	if name == "." || name == "/" {
+		return ""
+	}
+	return name
+}
+
+// snapshot reports whether the writes of disk i go to a throw-away overlay: those of a
+// run with a command do, unless the file or a flag says otherwise.
+func (c *Config) snapshot(i int) bool {
+	return c.Disks[i].Snapshot || len(c.Run.Command) > 0 && !c.given(itemPath("disk", i)+".snapshot")
 }
 
 // orDefault returns v, or def if v is not set.
@@ -179,13 +249,27 @@ func formatOf(path string) string {
 	return ""
 }
 
-// TOML returns the effective configuration as a file that says the same.
+// target is the whole of a configuration as a table [[target]].
+type target struct {
+	Name string `toml:"name"`
+	*Config
+}
+
+// TOML returns the effective configuration as a file that says the same. Targets
+// are written whole, so that nothing is left to be merged; what this returns for each
+// of c.Expand makes such a file too, one after the other.
 func (c *Config) TOML() ([]byte, error) {
 	var buf bytes.Buffer
 	enc := toml.NewEncoder(&buf)
 	enc.Indent = ""
-	if err := enc.Encode(c.Effective()); err != nil {
-		return nil, fmt.Errorf("config: encode: %w", err)
+	for _, t := range c.Expand() {
+		var doc any = t.Effective()
+		if t.Target != "" {
+			doc = map[string][]target{"target": {{t.Target, t.Effective()}}}
+		}
+		if err := enc.Encode(doc); err != nil {
+			return nil, fmt.Errorf("config: encode: %w", err)
+		}
 	}
 	return buf.Bytes(), nil
 }

@@ -19,6 +19,15 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 
 var ignoreOrigins = cmpopts.IgnoreUnexported(config.Config{})
 
+// effective returns what the runs of c mean.
+func effective(c *config.Config) []*config.Config {
+	var runs []*config.Config
+	for _, t := range c.Expand() {
+		runs = append(runs, t.Effective())
+	}
+	return runs
+}
+
 func parse(t *testing.T, text string) *config.Config {
 	t.Helper()
 	c, err := config.Parse("test.toml", "/dir", []byte(text))
@@ -71,9 +80,25 @@ func TestLoadReadsEveryKey(t *testing.T) {
 			ByteRate: 100 << 20, ByteBurst: 1 << 20, OpRate: 2000, OpBurst: 50,
 			BackingDirs: []string{"/var/lib/images", filepath.Join(dir, "bases")}, DataFile: "allow", L2Cache: 32 << 20,
 		}, {Path: "/srv/data.img", Format: "raw"}},
+		Copies:    []config.Copy{{From: filepath.Join(dir, "src"), To: "/src/"}},
+		Artifacts: []config.Artifact{{From: "/src/report.xml"}, {From: "/src/out", To: filepath.Dir(dir) + "/out/"}},
 	}
 	if diff := cmp.Diff(want, got, ignoreOrigins); diff != "" {
 		t.Errorf("Load (-want +got):\n%s", diff)
+	}
+	kernel, noDisk := *want, *want
+	kernel.Target = "6.12"
+	kernel.VM.CPUs, kernel.VM.BootTimeout = 4, time.Minute
+	kernel.Boot.Kernel = filepath.Join(dir, "k612", "vmlinuz")
+	kernel.Vsock.Path = filepath.Join(dir, "612.sock")
+	kernel.Run.Env = map[string]string{"CI": "2", "EMPTY": "", "MORE": "x"}
+	kernel.Artifacts = nil
+	noDisk.Target = "no disk"
+	noDisk.Disks = nil
+	noDisk.Run.Command = []string{"make", "check"}
+	noDisk.Copies = []config.Copy{{From: "/tests", To: "/tests"}}
+	if diff := cmp.Diff([]*config.Config{&kernel, &noDisk}, got.Expand(), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("Expand (-want +got):\n%s", diff)
 	}
 	if err := got.Validate(); err != nil {
 		t.Errorf("Validate: %v", err)
@@ -109,8 +134,8 @@ func TestTOMLReadsBackToTheSame(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Boot.Cmdline = `a="b c" \ $x`
-	c.Disks[0].Path = "/odd \"path\" with\nnewline.qcow2"
+	c.Expand()[0].Boot.Cmdline = `a="b c" \ $x`
+	c.Expand()[0].Disks[0].Path = "/odd \"path\" with\nnewline.qcow2"
 	for name, c := range map[string]*config.Config{"full": c, "default": config.Default()} {
 		text, err := c.TOML()
 		if err != nil {
@@ -120,7 +145,7 @@ func TestTOMLReadsBackToTheSame(t *testing.T) {
 		if err != nil {
 			t.Fatalf("%s: %v\n%s", name, err, text)
 		}
-		if diff := cmp.Diff(c.Effective(), back.Effective(), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff(effective(c), effective(back), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("%s: round trip (-want +got):\n%s\n%s", name, diff, text)
 		}
 	}
@@ -234,11 +259,16 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			t.Fatalf("what was accepted cannot be read back: %v\n%s", err, text)
 		}
-		if diff := cmp.Diff(c.Effective(), back.Effective(), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
+		if diff := cmp.Diff(effective(c), effective(back), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
 			t.Errorf("round trip (-want +got):\n%s", diff)
 		}
-		if err := c.Set("--kernel", "boot.kernel", "k"); err != nil {
-			t.Fatal(err)
+		for _, run := range c.Expand() {
+			run.Run.Command = []string{"true"}
+			err := errors.Join(run.Set("--kernel", "boot.kernel", "k"), run.Set("--vsock", "vsock.path", ""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			run.SetSnapshot("--no-snapshot", false)
 		}
 		if err := c.Validate(); err != nil {
 			t.Errorf("what was accepted is not valid: %v", err)

@@ -40,7 +40,8 @@ func (e Errors) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// sorted returns e in order, as an error that is nil iff e is empty.
+// sorted returns e in order and each error once, as an error that is nil iff e is
+// empty.
 func (e Errors) sorted() error {
 	if len(e) == 0 {
 		return nil
@@ -51,14 +52,14 @@ func (e Errors) sorted() error {
 		}
 		return cmp.Or(cmp.Compare(a.Line, b.Line), cmp.Compare(a.Column, b.Column), cmp.Compare(a.Message, b.Message))
 	})
-	return e
+	return slices.CompactFunc(e, func(a, b *Error) bool { return *a == *b })
 }
 
 // origin says where a value came from: a place in a file, or a flag.
 type origin struct {
 	file         string
 	line, column int
-	flag         string // such as "--cpus", or "--disk data.img"
+	flag         string // such as "--cpus", or "--disk data.img" for a table
 }
 
 func (o origin) errorf(format string, args ...any) *Error {
@@ -71,7 +72,7 @@ func (o origin) subject(table, key string) string {
 	switch {
 	case o.flag == "":
 		return table + "." + key
-	case table == "disk":
+	case isArray(table):
 		return o.flag + ": " + key
 	}
 	return o.flag

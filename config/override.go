@@ -10,36 +10,51 @@ import (
 
 // Set gives the key, such as "vm.cpus", the value that a flag holds, in place
 // of what the file says; an empty one takes back what the file says of an
-// optional file. Paths are relative to the working directory. The error names the flag; a key that is not one of [vm], [boot], [vsock] or [run] is a
-// mistake of the caller and panics.
+// optional file. Paths are relative to the working directory. The error names the
+// flag; a key that is not one of [vm], [boot], [vsock] or [run] is a mistake of the
+// caller and panics.
 func (c *Config) Set(flag, key, value string) error {
-	table, name, _ := strings.Cut(key, ".")
-	var dst reflect.Value
-	switch table {
-	case "vm":
-		dst = reflect.ValueOf(&c.VM).Elem()
-	case "boot":
-		dst = reflect.ValueOf(&c.Boot).Elem()
-	case "run":
-		dst = reflect.ValueOf(&c.Run).Elem()
-	case "vsock":
-		dst = reflect.ValueOf(&c.Vsock).Elem()
-	default:
-		panic("BUG: config: no table for key " + key)
+	for _, t := range c.tables() {
+		for _, f := range fieldsOf(t.value.Type(), t.name) {
+			if f.name != key || t.path != t.name {
+				continue
+			}
+			dst := t.value.Field(f.index)
+			if value == "" && f.rule.optional {
+				dst.SetZero()
+			} else if msg := setText(dst, f.rule, value); msg != "" {
+				return Errors{origin{}.errorf("%s %s", flag, msg)}
+			}
+			c.setOrigin(key, origin{flag: flag})
+			return nil
+		}
 	}
-	fields := fieldsOf(dst.Type(), table+".")
-	i := slices.IndexFunc(fields, func(f field) bool { return f.key == name })
-	if i < 0 {
-		panic("BUG: config: no key " + key)
+	panic("BUG: config: no key " + key)
+}
+
+// SetEnv sets a variable for the command, which flag gives, beside those of the file.
+func (c *Config) SetEnv(flag, name, value string) {
+	if c.Run.Env == nil {
+		c.Run.Env = map[string]string{}
 	}
-	f := fields[i]
-	if value == "" && f.rule.optional {
-		dst.Field(f.index).SetZero()
-	} else if msg := setText(dst.Field(f.index), f.rule, value); msg != "" {
-		return Errors{origin{}.errorf("%s %s", flag, msg)}
+	c.Run.Env[name] = value
+	c.setOrigin("run.env", origin{flag: flag})
+}
+
+// AddCopy adds a copy that flag gives. from is relative to the working directory.
+func (c *Config) AddCopy(flag, from, to string) {
+	c.setOrigin(itemPath("copy", len(c.Copies)), origin{flag: flag + " " + from})
+	c.Copies = append(c.Copies, Copy{From: fromHere(from), To: to})
+}
+
+// AddArtifact adds an artifact that flag gives. to is relative to the working
+// directory, and where it goes under its last name if to is empty.
+func (c *Config) AddArtifact(flag, from, to string) {
+	c.setOrigin(itemPath("artifact", len(c.Artifacts)), origin{flag: flag + " " + from})
+	if to = orDefault(to, lastName(from)); to != "" {
+		to = rules["artifact.to"].resolve(fromHere("."), to).(string)
 	}
-	c.setOrigin(key, origin{flag: flag})
-	return nil
+	c.Artifacts = append(c.Artifacts, Artifact{From: from, To: to})
 }
 
 // AddDisk adds a disk that a flag describes: a path, then keys of [[disk]] with
@@ -74,16 +89,25 @@ func (c *Config) AddDisk(flag, spec string, base Disk) error {
 		c.Disks[i] = disk
 	}
 	for _, key := range given {
-		c.setOrigin(diskPath(i)+key, from)
+		c.setOrigin(itemPath("disk", i)+key, from)
 	}
 	return nil
+}
+
+// SetSnapshot says of all disks, in place of the file and for flag, whether their
+// writes go to throw-away overlays.
+func (c *Config) SetSnapshot(flag string, on bool) {
+	for i := range c.Disks {
+		c.Disks[i].Snapshot = on
+		c.setOrigin(itemPath("disk", i)+".snapshot", origin{flag: flag})
+	}
 }
 
 // setKeys applies "key=value" settings to disk. It returns the keys that were
 // given, each after a dot.
 func setKeys(disk *Disk, from origin, settings []string) (given []string, errs Errors) {
 	dst := reflect.ValueOf(disk).Elem()
-	fields := fieldsOf(dst.Type(), "disk.")
+	fields := fieldsOf(dst.Type(), "disk")
 	fields = slices.DeleteFunc(fields, func(f field) bool { return f.key == "path" })
 	for _, setting := range settings {
 		key, value, hasValue := strings.Cut(setting, "=")

@@ -213,3 +213,35 @@ func TestSetTakesAnInitrdBack(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestFlagsAddFiles checks where copies and artifacts of flags begin and go, beside
+// those of the file.
+func TestFlagsAddFiles(t *testing.T) {
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := parse(t, "run.command = ['x']\ncopy = [{ from = '../a/', to = '/x/../y/' }]\nartifact = [{ from = '/out/.' }, { from = '/.hidden', to = 'b/' }]\n"+base)
+	c.AddCopy("--copy", "./b/", "/b/")
+	c.AddArtifact("--artifact", "/deep/out/", "")
+	c.AddArtifact("--artifact", "/deep/out", "./new//")
+	c.AddArtifact("--artifact", "/deep/out", "/")
+	got := c.Effective()
+	if diff := cmp.Diff([]config.Copy{{From: "/a", To: "/x/../y/"}, {From: filepath.Join(wd, "b"), To: "/b/"}}, got.Copies); diff != "" {
+		t.Errorf("copies (-want +got):\n%s", diff)
+	}
+	want := []config.Artifact{
+		{From: "/out/.", To: "/dir/out"},
+		{From: "/.hidden", To: "/dir/b/"},
+		{From: "/deep/out/", To: filepath.Join(wd, "out")},
+		{From: "/deep/out", To: filepath.Join(wd, "new") + "/"},
+		{From: "/deep/out", To: "/"},
+	}
+	if diff := cmp.Diff(want, got.Artifacts); diff != "" {
+		t.Errorf("artifacts (-want +got):\n%s", diff)
+	}
+	says(t, c.Validate())
+	c.AddCopy("--copy", "", "b")
+	c.AddArtifact("--artifact", "/..", "")
+	says(t, c.Validate(), `--artifact /..: to is missing: "/.." has no last name to be called by`, "--copy : to must be an absolute path of the guest, not b")
+}

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"reflect"
 	"slices"
@@ -20,7 +21,7 @@ import (
 // everything that is wrong; there is no Config then.
 func Parse(name, dir string, data []byte) (*Config, error) {
 	src := strings.TrimPrefix(string(data), "\ufeff")
-	d := &decoder{name: name, src: src, dir: dir, cfg: &Config{origins: map[string]origin{}}}
+	d := &decoder{name: name, src: src, dir: dir, cfg: &Config{dir: dir, origins: map[string]origin{}}}
 	d.cfg.origins[""] = origin{file: name, line: 1, column: 1}
 	if off := invalidUTF8(src); off >= 0 {
 		return nil, Errors{d.at(off).errorf("the file is not UTF-8")}
@@ -33,8 +34,17 @@ func Parse(name, dir string, data []byte) (*Config, error) {
 	if err != nil {
 		return nil, Errors{d.syntaxError(err)}
 	}
-	d.table(reflect.ValueOf(d.cfg).Elem(), "", "", doc, index)
-	if err := append(d.errs, d.cfg.checkDisks()...).sorted(); err != nil {
+	targets, isSet := doc["target"]
+	delete(doc, "target")
+	d.table(reflect.ValueOf(d.cfg).Elem(), fieldsOf(reflect.TypeFor[Config](), ""), "", "", doc, index)
+	if isSet {
+		d.targets(targets, index.Fields["target"])
+	}
+	errs := append(d.errs, d.cfg.checkTogether()...)
+	for _, t := range d.cfg.targets {
+		errs = append(errs, t.checkTogether()...)
+	}
+	if err := append(errs, d.cfg.checkNames()...).sorted(); err != nil {
 		return nil, err
 	}
 	return d.cfg, nil
@@ -88,16 +98,35 @@ func (d *decoder) syntaxError(err error) *Error {
 	return d.at(0).errorf("%v", err)
 }
 
-// table moves data, which stands at node, into the struct dst. name is the name
-// of the table as the rules know it, and path as the origins do.
-func (d *decoder) table(dst reflect.Value, name, path string, data map[string]any, node *tomlpos.Node) {
-	prefix := func(s string) string {
-		if s != "" {
-			s += "."
-		}
-		return s
+// targets merges each of the tables in value over what has been decoded of the rest
+// of the file.
+func (d *decoder) targets(value any, at *tomlpos.Node) {
+	base := d.cfg
+	var targets []*Config
+	for i, table := range d.tables("target", "target", value, at) {
+		d.cfg = base.clone()
+		d.cfg.origins[""] = d.at(at.Items[i].Value)
+		d.table(reflect.ValueOf(d.cfg).Elem(), targetFields(), "target", "", table, at.Items[i])
+		targets = append(targets, d.cfg)
 	}
-	fields := fieldsOf(dst.Type(), prefix(name))
+	base.targets, d.cfg = targets, base
+}
+
+// tables returns value as the tables of an array, or reports that it is none. name is
+// that of the array, and inFile what its tables are begun with.
+func (d *decoder) tables(name, inFile string, value any, at *tomlpos.Node) []map[string]any {
+	tables, ok := tablesOf(value)
+	if !ok {
+		d.fail(at.Value, "%s must be an array of tables, each begun with %s, not %s", name, header(inFile), describe(value))
+		return nil
+	}
+	return tables
+}
+
+// table moves data, which stands at node, into the struct dst, which has the given
+// fields. name is the name of the table as the file has it, and path as the origins
+// do.
+func (d *decoder) table(dst reflect.Value, fields []field, name, path string, data map[string]any, node *tomlpos.Node) {
 	for key, value := range data {
 		at := node.Fields[key]
 		i := slices.IndexFunc(fields, func(f field) bool { return f.key == key })
@@ -106,35 +135,34 @@ func (d *decoder) table(dst reflect.Value, name, path string, data map[string]an
 			continue
 		}
 		f := fields[i]
-		d.field(dst.Field(f.index), f.rule, prefix(name)+key, prefix(path)+key, value, at)
+		d.field(dst.Field(f.index), f, join(name, key), join(path, key), value, at)
 	}
 }
 
-// field moves one value into dst. name and path are those of the key.
-func (d *decoder) field(dst reflect.Value, r rule, name, path string, value any, at *tomlpos.Node) {
+// field moves the value of f into dst. It replaces what is there, but a table merges
+// over that. name is what a table of that name is begun with, and path as in table.
+func (d *decoder) field(dst reflect.Value, f field, name, path string, value any, at *tomlpos.Node) {
 	switch {
 	case dst.Kind() == reflect.Struct:
 		table, ok := value.(map[string]any)
 		if !ok {
-			d.fail(at.Value, "%s must be a table, begun with %s, not %s", name, header(name), describe(value))
+			d.fail(at.Value, "%s must be a table, begun with %s, not %s", f.name, header(name), describe(value))
 			return
 		}
 		d.cfg.origins[path] = d.at(at.Value)
-		d.table(dst, name, path, table, at)
-	case dst.Type() == reflect.TypeFor[[]Disk]():
-		tables, ok := tablesOf(value)
-		if !ok {
-			d.fail(at.Value, "%s must be an array of tables, each begun with %s, not %s", name, header(name), describe(value))
-			return
-		}
+		d.table(dst, fieldsOf(dst.Type(), f.name), name, path, table, at)
+	case isTables(dst.Type()):
+		tables := d.tables(f.name, name, value, at)
 		dst.Set(reflect.MakeSlice(dst.Type(), len(tables), len(tables)))
+		maps.DeleteFunc(d.cfg.origins, func(p string, _ origin) bool { return strings.HasPrefix(p, path+"[") })
 		for i, table := range tables {
-			d.cfg.origins[diskPath(i)] = d.at(at.Items[i].Value)
-			d.table(dst.Index(i), name, diskPath(i), table, at.Items[i])
+			item := itemPath(path, i)
+			d.cfg.origins[item] = d.at(at.Items[i].Value)
+			d.table(dst.Index(i), fieldsOf(dst.Type().Elem(), f.name), name, item, table, at.Items[i])
 		}
 	default:
-		if !assign(dst, r, d.dir, value) {
-			d.refuse(dst.Type(), r, name, value, at)
+		if !assign(dst, f.rule, d.dir, value) {
+			d.refuse(dst.Type(), f, value, at)
 		}
 		// A refused value has a place too, by which it is known not to be
 		// missing.
@@ -144,16 +172,16 @@ func (d *decoder) field(dst reflect.Value, r rule, name, path string, value any,
 
 // refuse reports a value that assign did not take: an element of an array if one
 // is at fault, else the whole.
-func (d *decoder) refuse(t reflect.Type, r rule, name string, value any, at *tomlpos.Node) {
+func (d *decoder) refuse(t reflect.Type, f field, value any, at *tomlpos.Node) {
 	items, _ := value.([]any)
 	for i, item := range items {
 		elem := reflect.New(reflect.TypeFor[string]()).Elem()
-		if t.Kind() == reflect.Slice && !assign(elem, r, d.dir, item) {
-			d.fail(at.Items[i].Value, "each of %s %s", name, r.refusal(elem.Type(), item))
+		if t.Kind() == reflect.Slice && !assign(elem, f.rule, d.dir, item) {
+			d.fail(at.Items[i].Value, "each of %s %s", f.name, f.rule.refusal(elem.Type(), item))
 			return
 		}
 	}
-	d.fail(at.Value, "%s %s", name, r.refusal(t, value))
+	d.fail(at.Value, "%s %s", f.name, f.rule.refusal(t, value))
 }
 
 // tablesOf returns value as an array of tables, if it is one.
@@ -171,14 +199,19 @@ func tablesOf(value any) ([]map[string]any, bool) {
 }
 
 // assign stores value, as the TOML library decodes it, into dst, if it is of
-// the right type and keeps the rule. It reports whether it did.
+// the right type and keeps the rule; a table is added to the one in dst. It reports
+// whether it did.
 func assign(dst reflect.Value, r rule, dir string, value any) bool {
 	converted, ok := convert(dst.Type(), value)
 	if !ok || !r.allows(converted) {
 		return false
 	}
 	if r.path {
-		converted = resolve(dir, converted)
+		converted = r.resolve(dir, converted)
+	}
+	if table, ok := reflect.TypeAssert[map[string]string](dst); ok && table != nil {
+		maps.Copy(table, converted.(map[string]string))
+		return true
 	}
 	dst.Set(reflect.ValueOf(converted))
 	return true
@@ -230,18 +263,22 @@ func convert(t reflect.Type, value any) (any, bool) {
 	panic(fmt.Sprintf("BUG: config: no conversion to %v", t))
 }
 
-// resolve makes the path or paths in v relative to dir.
-func resolve(dir string, v any) any {
+// resolve makes the path or paths in v, which begin in dir, absolute.
+func (r rule) resolve(dir string, v any) any {
 	switch v := v.(type) {
 	case string:
+		clean := filepath.Join(dir, v)
 		if filepath.IsAbs(v) {
-			return filepath.Clean(v)
+			clean = filepath.Clean(v)
 		}
-		return filepath.Join(dir, v)
+		if r.slash && strings.HasSuffix(v, "/") && clean != "/" {
+			clean += "/"
+		}
+		return clean
 	case []string:
 		paths := make([]string, len(v))
 		for i := range v {
-			paths[i] = resolve(dir, v[i]).(string)
+			paths[i] = r.resolve(dir, v[i]).(string)
 		}
 		return paths
 	}
@@ -251,35 +288,43 @@ func resolve(dir string, v any) any {
 // unknownKey is the message for a key that a table does not have. keys are
 // those that it has.
 func unknownKey(table, key string, keys []string) string {
-	in, full := "", key
+	in := ""
 	if table != "" {
-		in, full = " in "+header(table), table+"."+key
-	}
-	if slices.Contains(laterKeys, full) {
-		return full + " is not supported by this version of calf"
+		in = " in " + header(table)
 	}
 	msg := fmt.Sprintf("unknown key %q%s", key, in)
 	if word := nearest(key, keys); word != "" {
 		msg += fmt.Sprintf(": did you mean %q?", word)
 	} else if home := homeOf(key); home != "" {
+		if table == "target" || strings.HasPrefix(table, "target.") {
+			home = join("target", home)
+		}
 		msg += ": it belongs in " + header(home)
 	}
 	return msg + fmt.Sprintf(" (accepted here: %s)", strings.Join(keys, ", "))
 }
 
-// header is the line that begins a table.
+// header is the line that begins a table of a file.
 func header(table string) string {
-	if table == "disk" {
-		return "[[disk]]"
+	if isArray(table) {
+		return "[[" + table + "]]"
 	}
 	return "[" + table + "]"
 }
 
+// isArray reports whether there can be several of a table.
+func isArray(table string) bool {
+	top := reflect.TypeFor[Config]()
+	return slices.ContainsFunc(fieldsOf(top, ""), func(f field) bool {
+		return f.name == strings.TrimPrefix(table, "target.") && top.Field(f.index).Type.Kind() == reflect.Slice
+	})
+}
+
 // homeOf returns the table that has the given key, or "".
 func homeOf(key string) string {
-	for _, table := range []string{"vm", "boot", "vsock", "run", "disk"} {
-		if _, ok := rules[table+"."+key]; ok {
-			return table
+	for _, table := range fieldsOf(reflect.TypeFor[Config](), "") {
+		if _, ok := rules[join(table.name, key)]; ok {
+			return table.name
 		}
 	}
 	return ""

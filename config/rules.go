@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"math/bits"
+	"path"
 	"reflect"
 	"slices"
 	"strconv"
@@ -25,13 +26,23 @@ type rule struct {
 	values []string
 	// later are strings that the file format has and this version does not.
 	later []string
-	// path makes a string a file name: never empty, relative to the file.
-	path bool
+	// path makes a string a file name: never empty, relative to the file. With
+	// slash, one at its end has a meaning and stays.
+	path, slash bool
+	// guest makes a string an absolute path of the guest.
+	guest bool
+	// fileName makes a string one that a file can have as its name.
+	fileName bool
+	// required says who needs the key, in a table that lacks it.
+	required string
 	// optional says that an empty flag takes back what the file says.
 	optional bool
 	// ascii admits printable ASCII only.
 	ascii bool
 }
+
+// maxGuestPath is Linux's PATH_MAX, in bytes with one that ends the path.
+const maxGuestPath = 4096
 
 // rules describes every key. A test holds it against the structs.
 var rules = map[string]rule{
@@ -58,10 +69,10 @@ var rules = map[string]rule{
 	"vsock.cid":  {doc: "Context ID of the guest. The default is 3; guests share nothing by it.", min: 3, max: 1<<32 - 2},
 
 	"disk":              {doc: "The disks, in order: vda, vdb and so on; at most 31."},
-	"disk.path":         {doc: "The image.", path: true},
+	"disk.path":         {doc: "The image.", path: true, required: "every disk needs the path of an image"},
 	"disk.format":       {doc: "Format of the image. It may be left out if the name ends in .qcow2; it is never guessed from content.", values: []string{FormatQCOW2, FormatRaw}},
 	"disk.readonly":     {doc: "Whether the guest is kept from writing."},
-	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is."},
+	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is. The default is that they do if there is a command."},
 	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
 	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 4, max: 1024, powerOfTwo: true},
 	"disk.cache":        {doc: "When writes are durable: writeback, when the guest has flushed them; writethrough, when they complete; none, as writeback, but past the host's page cache (O_DIRECT); unsafe, never, so that a crash of the host may take the image with it.", values: []string{CacheWriteback, CacheWritethrough, CacheNone, CacheUnsafe}},
@@ -76,28 +87,60 @@ var rules = map[string]rule{
 	"disk.backing_dirs": {doc: "Directories in which backing files may lie, besides the directory of the image that names them.", path: true},
 	"disk.data_file":    {doc: "What to do with a QCOW2 image that keeps its data in another file, which it names: refuse it, or allow that if the file lies where a backing file may. Allow it for images that you trust.", values: []string{DataFileRefuse, DataFileAllow}},
 	"disk.l2_cache":     {doc: "Memory for the tables of a QCOW2 image. The default suits the image.", min: 64 << 10, max: 1 << 40},
-}
 
-// laterKeys are keys that the file format has and this version does not.
-var laterKeys = []string{"target"}
+	"copy":      {doc: "Files and trees that go to the guest before the command runs, in order. A tree becomes the directory to; a file becomes the file to, or goes into it if it is a directory or ends in a slash."},
+	"copy.from": {doc: "File or directory of the host.", path: true, required: "every copy needs a path of the host"},
+	"copy.to":   {doc: "Where it goes in the guest. Directories above are made.", guest: true, required: "every copy needs a path of the guest"},
+
+	"artifact":      {doc: "Files and trees that come from the guest after the command has run, also if it failed, in order."},
+	"artifact.from": {doc: "File or directory of the guest.", guest: true, required: "every artifact needs a path of the guest"},
+	"artifact.to":   {doc: "Where it goes on the host, as to of a copy. The default is the last name of from, in the directory of this file.", path: true, slash: true},
+
+	"target":      {doc: "A matrix: the guests of a run, one for each. What a target says merges over the tables above it key by key, and run.env variable by variable; an array replaces the one above."},
+	"target.name": {doc: "Name of the target, for messages and files. No two have the same.", max: 64, fileName: true, required: "every target needs a name"},
+}
 
 // field is a key of a table together with the struct field behind it.
 type field struct {
 	key   string
+	name  string // with that of the table, as the rules know it
 	index int
 	rule  rule
 }
 
-// fieldsOf returns the keys of the table whose struct is t, in order. prefix is
-// the name of the table and a dot, or "" for the top.
-func fieldsOf(t reflect.Type, prefix string) []field {
+// fieldsOf returns the keys of the table whose struct is t, in order. table is its
+// name, or "" for the top.
+func fieldsOf(t reflect.Type, table string) []field {
 	var fields []field
 	for i := range t.NumField() {
-		if key, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); key != "" {
-			fields = append(fields, field{key: key, index: i, rule: rules[prefix+key]})
+		if key, _, _ := strings.Cut(t.Field(i).Tag.Get("toml"), ","); key != "" && key != "-" {
+			name := join(table, key)
+			fields = append(fields, field{key: key, name: name, index: i, rule: rules[name]})
 		}
 	}
 	return fields
+}
+
+// targetFields returns the keys of a table [[target]], which merges over a Config: a
+// name, and every table but the targets.
+func targetFields() []field {
+	top := reflect.TypeFor[Config]()
+	name, _ := top.FieldByName("Target")
+	fields := []field{{key: "name", name: "target.name", index: name.Index[0], rule: rules["target.name"]}}
+	return append(fields, slices.DeleteFunc(fieldsOf(top, ""), func(f field) bool { return f.key == "target" })...)
+}
+
+// join returns the dotted name of a key of a table, which is "" for the top.
+func join(table, key string) string {
+	if table == "" {
+		return key
+	}
+	return table + "." + key
+}
+
+// isTables reports whether t is that of an array of tables.
+func isTables(t reflect.Type) bool {
+	return t.Kind() == reflect.Slice && t.Elem().Kind() == reflect.Struct
 }
 
 func keysOf(fields []field) []string {
@@ -139,8 +182,13 @@ func (r rule) accepts(t reflect.Type) string {
 		return list(quoted(r.values), "or")
 	case r.path:
 		return "a path"
+	case r.guest:
+		return "an absolute path of the guest"
 	}
 	s := "a string"
+	if r.fileName {
+		s = "a name without slashes,"
+	}
 	if r.max > 0 {
 		s += fmt.Sprintf(" of at most %d bytes", r.max)
 	}
@@ -171,8 +219,13 @@ func (r rule) allows(v any) bool {
 		switch {
 		case len(r.values) > 0:
 			return slices.Contains(r.values, v)
+		case r.guest:
+			return path.IsAbs(v) && len(v) < maxGuestPath && utf8.ValidString(v) && !strings.ContainsRune(v, 0)
 		case r.path:
 			return v != "" && utf8.ValidString(v) && !strings.ContainsRune(v, 0)
+		}
+		if r.fileName && (strings.Trim(v, ".") == "" || strings.Contains(v, "/")) {
+			return false
 		}
 		return (r.max == 0 || uint64(len(v)) <= r.max) && utf8.ValidString(v) && !strings.ContainsFunc(v, func(c rune) bool {
 			return unicode.IsControl(c) || r.ascii && c > unicode.MaxASCII

@@ -12,7 +12,7 @@ const durationPattern = `^\+?(0|([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|
 
 // Schema returns the JSON schema of the file, for editors and other tools.
 func Schema() ([]byte, error) {
-	example := (&Config{Disks: []Disk{{}}}).Effective()
+	example := (&Config{Disks: []Disk{{}}, Copies: []Copy{{}}, Artifacts: []Artifact{{}}}).Effective()
 	root := tableSchema("", reflect.ValueOf(example).Elem())
 	root["$schema"] = "https://json-schema.org/draft/2020-12/schema"
 	root["title"] = "calf configuration"
@@ -25,18 +25,19 @@ func Schema() ([]byte, error) {
 
 // tableSchema describes a table; defaults is the struct behind it, filled with
 // what holds where nothing is said.
-func tableSchema(prefix string, defaults reflect.Value) map[string]any {
+func tableSchema(table string, defaults reflect.Value) map[string]any {
 	properties := map[string]any{}
-	for _, f := range fieldsOf(defaults.Type(), prefix) {
+	fields := fieldsOf(defaults.Type(), table)
+	for _, f := range fields {
 		v := defaults.Field(f.index)
 		var s map[string]any
 		switch {
 		case v.Kind() == reflect.Struct:
-			s = tableSchema(prefix+f.key+".", v)
-		case v.Type() == reflect.TypeFor[[]Disk]():
-			item := tableSchema(prefix+f.key+".", v.Index(0))
-			item["required"] = []string{"path"}
-			s = map[string]any{"type": "array", "items": item}
+			s = tableSchema(f.name, v)
+		case f.key == "target":
+			s = map[string]any{"type": "array", "items": targetSchema()}
+		case isTables(v.Type()):
+			s = map[string]any{"type": "array", "items": tableSchema(f.name, v.Index(0))}
 		default:
 			s = f.rule.schema(v.Type())
 			if !v.IsZero() && f.key != "queues" { // whose default is the number of CPUs
@@ -46,7 +47,37 @@ func tableSchema(prefix string, defaults reflect.Value) map[string]any {
 		s["description"] = f.rule.doc
 		properties[f.key] = s
 	}
-	return map[string]any{"type": "object", "properties": properties, "additionalProperties": false}
+	return objectSchema(fields, properties)
+}
+
+// targetSchema describes a table [[target]], most of whose keys are those of the top.
+func targetSchema() map[string]any {
+	properties := map[string]any{}
+	fields := targetFields()
+	for _, f := range fields {
+		s := map[string]any{"$ref": "#/properties/" + f.key}
+		if f.key == "name" {
+			s = f.rule.schema(reflect.TypeFor[string]())
+			s["description"] = f.rule.doc
+		}
+		properties[f.key] = s
+	}
+	return objectSchema(fields, properties)
+}
+
+// objectSchema describes a table that has the given fields.
+func objectSchema(fields []field, properties map[string]any) map[string]any {
+	s := map[string]any{"type": "object", "properties": properties, "additionalProperties": false}
+	var required []string
+	for _, f := range fields {
+		if f.rule.required != "" {
+			required = append(required, f.key)
+		}
+	}
+	if required != nil {
+		s["required"] = required
+	}
+	return s
 }
 
 // schema describes a value of type t.
@@ -84,6 +115,10 @@ func (r rule) schema(t reflect.Type) map[string]any {
 		s["enum"] = r.values
 	case r.path:
 		s["minLength"] = 1
+	case r.guest:
+		s["pattern"] = "^/"
+	case r.fileName:
+		s["pattern"], s["maxLength"] = `^[^/]*[^./][^/]*$`, r.max
 	case r.max > 0:
 		s["maxLength"] = r.max
 	}

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"fmt"
 	"path/filepath"
 	"reflect"
 	"strconv"
@@ -10,14 +11,53 @@ import (
 // what is missing. The error is of type Errors. Call it after the flags have
 // been applied.
 func (c *Config) Validate() error {
-	errs := c.checkDisks()
+	var errs Errors
+	for _, t := range c.Expand() {
+		errs = append(errs, t.check()...)
+	}
+	return append(errs, c.checkShared()...).sorted()
+}
+
+// check reports what is wrong with c, targets aside.
+func (c *Config) check() Errors {
+	errs := append(c.checkTogether(), c.checkCommand()...)
 	for _, t := range c.tables() {
 		errs = append(errs, c.checkTable(t)...)
 	}
 	if c.Boot.Kernel == "" && len(c.Disks) == 0 {
 		errs = append(errs, c.origins[""].errorf("no kernel is given: set kernel in [boot], or use --kernel, or give a disk that has one"))
 	}
-	return errs.sorted()
+	return errs
+}
+
+// checkNames reports targets without a name, and those with the name of another.
+func (c *Config) checkNames() Errors {
+	var errs Errors
+	seen := map[string]bool{}
+	for _, t := range c.targets {
+		switch {
+		case t.Target == "" && !t.given("name"):
+			errs = append(errs, t.origins[""].errorf("target.name is missing: %s", rules["target.name"].required))
+		case seen[t.Target]:
+			errs = append(errs, t.origins["name"].errorf("target.name %q is that of another target too", t.Target))
+		}
+		seen[t.Target] = t.Target != ""
+	}
+	return errs
+}
+
+// checkShared reports what targets, which can run at once, would make in the same
+// place.
+func (c *Config) checkShared() Errors {
+	var errs Errors
+	sockets := map[string]bool{}
+	for _, t := range c.targets {
+		if path := t.Vsock.Path; path != "" && sockets[path] {
+			errs = append(errs, t.fault(table{name: "vsock", path: "vsock"}, "path", "is that of another target too, and they can run at once: give each its own"))
+		}
+		sockets[t.Vsock.Path] = true
+	}
+	return errs
 }
 
 // table is a struct of a Config with its names.
@@ -28,30 +68,38 @@ type table struct {
 
 // tables returns the tables that c is made of.
 func (c *Config) tables() []table {
-	tables := []table{
-		{"vm", "vm", reflect.ValueOf(&c.VM).Elem()},
-		{"boot", "boot", reflect.ValueOf(&c.Boot).Elem()},
-		{"run", "run", reflect.ValueOf(&c.Run).Elem()},
-		{"vsock", "vsock", reflect.ValueOf(&c.Vsock).Elem()},
-	}
-	for i := range c.Disks {
-		tables = append(tables, c.diskTable(i))
+	var tables []table
+	top := reflect.ValueOf(c).Elem()
+	for _, f := range fieldsOf(top.Type(), "") {
+		v := top.Field(f.index)
+		if v.Kind() == reflect.Struct {
+			tables = append(tables, table{f.name, f.name, v})
+		}
+		for i := 0; isTables(v.Type()) && i < v.Len(); i++ {
+			tables = append(tables, table{f.name, itemPath(f.name, i), v.Index(i)})
+		}
 	}
 	return tables
 }
 
 func (c *Config) diskTable(i int) table {
-	return table{"disk", diskPath(i), reflect.ValueOf(&c.Disks[i]).Elem()}
+	return table{"disk", itemPath("disk", i), reflect.ValueOf(&c.Disks[i]).Elem()}
 }
 
-// diskPath is the path of a disk in Config.origins.
-func diskPath(i int) string { return "disk[" + strconv.Itoa(i) + "]" }
+// itemPath is the path of a table of an array in Config.origins.
+func itemPath(array string, i int) string { return array + "[" + strconv.Itoa(i) + "]" }
+
+// given reports whether the file or a flag says something of path.
+func (c *Config) given(path string) bool {
+	_, ok := c.origins[path]
+	return ok
+}
 
 // checkTable reports the values of t that break a rule. A field that is not set
 // breaks none.
 func (c *Config) checkTable(t table) Errors {
 	var errs Errors
-	for _, f := range fieldsOf(t.value.Type(), t.name+".") {
+	for _, f := range fieldsOf(t.value.Type(), t.name) {
 		v := t.value.Field(f.index)
 		if v.IsZero() || f.rule.allows(v.Interface()) {
 			continue
@@ -61,8 +109,56 @@ func (c *Config) checkTable(t table) Errors {
 	return errs
 }
 
-// checkDisks reports what is missing from disks, and what is wrong between
-// values that are right by themselves.
+// checkTogether reports what is missing, and what is wrong between values that are
+// right by themselves.
+func (c *Config) checkTogether() Errors {
+	var errs Errors
+	for _, t := range c.tables() {
+		for _, f := range fieldsOf(t.value.Type(), t.name) {
+			// What has been given and refused has been reported already.
+			if f.rule.required != "" && t.value.Field(f.index).IsZero() && !c.given(join(t.path, f.key)) {
+				errs = append(errs, c.fault(t, f.key, "is missing: %s", f.rule.required))
+			}
+		}
+		a, ok := reflect.TypeAssert[Artifact](t.value)
+		if ok && a.From != "" && lastName(a.From) == "" && a.To == "" && !c.given(t.path+".to") {
+			errs = append(errs, c.fault(t, "to", "is missing: %q has no last name to be called by", a.From))
+		}
+	}
+	return append(errs, c.checkDisks()...)
+}
+
+// NeedsCommand is the error about what, a key or a flag, that means nothing without a
+// command.
+func NeedsCommand(what string) error {
+	return fmt.Errorf("%s is for a command in the guest: add -- COMMAND, or set command in [run]", what)
+}
+
+// checkCommand reports what is said for a command where there is none.
+func (c *Config) checkCommand() Errors {
+	if len(c.Run.Command) > 0 {
+		return nil
+	}
+	var errs Errors
+	fail := func(o origin, name string) {
+		errs = append(errs, o.errorf("%v", NeedsCommand(orDefault(o.flag, name))))
+	}
+	for _, t := range c.tables() {
+		switch t.path {
+		case "run":
+			for _, f := range fieldsOf(t.value.Type(), t.name) {
+				if f.key != "command" && (c.given(f.name) || !t.value.Field(f.index).IsZero()) {
+					fail(c.place(t, f.key), f.name)
+				}
+			}
+		case itemPath("copy", 0), itemPath("artifact", 0):
+			fail(c.origins[t.path], t.name)
+		}
+	}
+	return errs
+}
+
+// checkDisks reports what is wrong with disks.
 func (c *Config) checkDisks() Errors {
 	var errs Errors
 	if len(c.Disks) > maxDisks {
@@ -75,19 +171,13 @@ func (c *Config) checkDisks() Errors {
 	}
 	for i, d := range c.Disks {
 		t := c.diskTable(i)
-		given := func(key string) bool {
-			_, ok := c.origins[t.path+"."+key]
-			return ok
-		}
 		fail := func(key, format string, args ...any) {
 			errs = append(errs, c.fault(t, key, format, args...))
 		}
 		format := orDefault(d.Format, formatOf(d.Path))
 		switch {
-		case d.Path == "" && given("path"), format == "" && given("format"):
+		case d.Path == "", format == "" && c.given(t.path+".format"):
 			// It has been refused already.
-		case d.Path == "":
-			fail("path", "is missing: every disk needs the path of an image")
 		case format == "":
 			fail("format", "is missing: %q does not end in .qcow2, and the format is never guessed from content: set format to %q or %q",
 				filepath.Base(d.Path), FormatRaw, FormatQCOW2)
@@ -98,7 +188,7 @@ func (c *Config) checkDisks() Errors {
 		case format == FormatRaw && d.L2Cache > 0:
 			fail("l2_cache", "means nothing for format %q, which has no tables: remove it", FormatRaw)
 		}
-		if d.Cache == CacheNone && d.Snapshot && !d.ReadOnly {
+		if d.Cache == CacheNone && c.snapshot(i) && !d.ReadOnly {
 			fail("cache", "%q cannot be had with a snapshot, whose throw-away overlay lies in the page cache: use %q", CacheNone, CacheWriteback)
 		}
 		if d.ByteBurst > 0 && d.ByteRate == 0 {

@@ -12,7 +12,6 @@ import (
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/launch"
 	"github.com/calfvm/calf/config"
-	"github.com/calfvm/calf/guest/agent"
 )
 
 // setEnv adds the variables of --env to those of the file.
@@ -28,17 +27,14 @@ func setEnv(cfg *config.Config, env []string) error {
 		case !given:
 			return fmt.Errorf("--env %s: there is no such variable here, and no value is given: write %s=VALUE", name, name)
 		}
-		if cfg.Run.Env == nil {
-			cfg.Run.Env = map[string]string{}
-		}
-		cfg.Run.Env[name] = value
+		cfg.SetEnv("--env", name, value)
 	}
 	return nil
 }
 
 // copiesOf reads the values of --copy. One of FROM alone is followed by an argument
 // ":TO", which is taken out of args.
-func copiesOf(specs, args []string) (rest []string, copies []agent.Transfer, err error) {
+func copiesOf(specs, args []string) (rest []string, copies []config.Copy, err error) {
 	var targets []string
 	for _, arg := range args {
 		if strings.HasPrefix(arg, ":") {
@@ -48,7 +44,7 @@ func copiesOf(specs, args []string) (rest []string, copies []agent.Transfer, err
 		}
 	}
 	for _, spec := range specs {
-		t := agent.Transfer{From: spec}
+		t := config.Copy{From: spec}
 		if i := strings.LastIndex(spec, ":"); i > 0 {
 			t.From, t.To = spec[:i], spec[i+1:]
 		} else if len(targets) > 0 {
@@ -65,19 +61,15 @@ func copiesOf(specs, args []string) (rest []string, copies []agent.Transfer, err
 	return rest, copies, nil
 }
 
-// artifactsOf reads the values of --artifact. One of FROM alone goes to the working
-// directory by its last name.
-func artifactsOf(specs []string) ([]agent.Transfer, error) {
-	var artifacts []agent.Transfer
+// artifactsOf reads the values of --artifact.
+func artifactsOf(specs []string) ([]config.Artifact, error) {
+	var artifacts []config.Artifact
 	for _, spec := range specs {
 		from, to, given := strings.Cut(strings.TrimPrefix(spec, ":"), "=")
-		if !given {
-			to = path.Base(from)
-		}
-		if !path.IsAbs(from) || to == "" {
+		if !path.IsAbs(from) || given && to == "" {
 			return nil, fmt.Errorf("--artifact %s: write /FROM=TO, where FROM is a path in the guest", spec)
 		}
-		artifacts = append(artifacts, agent.Transfer{From: from, To: to})
+		artifacts = append(artifacts, config.Artifact{From: from, To: to})
 	}
 	return artifacts, nil
 }
@@ -85,10 +77,8 @@ func artifactsOf(specs []string) ([]agent.Transfer, error) {
 // settle makes the options go with each other.
 func (f *runFlags) settle(flags *pflag.FlagSet, cfg *config.Config, opts *launch.Options) error {
 	if len(cfg.Run.Command) == 0 {
-		for _, name := range []string{"env", "copy", "artifact", "workdir", "user", "keep"} {
-			if flags.Changed(name) {
-				return fmt.Errorf("--%s is for a command in the guest: add -- COMMAND", name)
-			}
+		if f.keep != "" {
+			return config.NeedsCommand("--keep")
 		}
 		return nil
 	}

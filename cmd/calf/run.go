@@ -189,12 +189,6 @@ func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*confi
 		return nil, opts, err
 	}
 	opts.Logger = slog.New(slog.NewTextHandler(p.streams.Messages, &slog.HandlerOptions{Level: level}))
-	if args, opts.Copies, err = copiesOf(f.copies, args); err != nil {
-		return nil, opts, err
-	}
-	if opts.Artifacts, err = artifactsOf(f.artifacts); err != nil {
-		return nil, opts, err
-	}
 	cfg, err := f.configure(cmd.Flags(), args, command)
 	if err == nil {
 		err = f.settle(cmd.Flags(), cfg, &opts)
@@ -204,6 +198,14 @@ func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*confi
 
 // configure reads the file, if there is one, and applies the flags.
 func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*config.Config, error) {
+	args, copies, err := copiesOf(f.copies, args)
+	if err != nil {
+		return nil, err
+	}
+	artifacts, err := artifactsOf(f.artifacts)
+	if err != nil {
+		return nil, err
+	}
 	cfg, base, err := begin(args)
 	if err != nil {
 		return nil, err
@@ -211,9 +213,14 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*con
 	if len(command) > 0 {
 		cfg.Run.Command = command
 	}
-	base.Snapshot = base.Snapshot || len(cfg.Run.Command) > 0
 	if err := setEnv(cfg, f.env); err != nil {
 		return nil, err
+	}
+	for _, t := range copies {
+		cfg.AddCopy("--copy", t.From, t.To)
+	}
+	for _, t := range artifacts {
+		cfg.AddArtifact("--artifact", t.From, t.To)
 	}
 	var errs config.Errors
 	collect := func(err error) {
@@ -229,15 +236,11 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*con
 	for _, spec := range f.disks {
 		collect(cfg.AddDisk("--disk", spec, base))
 	}
-	for i := range cfg.Disks {
-		switch {
-		case f.snapshot:
-			cfg.Disks[i].Snapshot = true
-		case f.noSnapshot:
-			cfg.Disks[i].Snapshot = false
-		case len(cfg.Run.Command) > 0 && !cfg.SaysSnapshot(i):
-			cfg.Disks[i].Snapshot = true
-		}
+	switch {
+	case f.snapshot:
+		cfg.SetSnapshot("--snapshot", true)
+	case f.noSnapshot:
+		cfg.SetSnapshot("--no-snapshot", false)
 	}
 	if len(errs) > 0 {
 		return nil, errs
@@ -258,6 +261,9 @@ func begin(args []string) (*config.Config, config.Disk, error) {
 	switch path := args[0]; strings.ToLower(filepath.Ext(path)) {
 	case ".toml":
 		cfg, err := config.Load(path)
+		if err == nil && cfg.Expand()[0].Target != "" {
+			err = fmt.Errorf("%s has targets, which this version of calf checks but does not run", path)
+		}
 		return cfg, base, err
 	case ".qcow2":
 		base.Snapshot = true

@@ -66,9 +66,6 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 	if len(cfg.Run.Command) == 0 {
 		return nil, nil
 	}
-	if err := agent.CheckCopies(opts.Copies); err != nil {
-		return nil, err
-	}
 	size := terminalSize(opts.Streams)
 	streams, err := console.OpenCommand(opts.Streams, size != nil, leave)
 	if err != nil {
@@ -77,7 +74,7 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 	c := &command{streams: streams, keep: opts.Keep != "", runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
 	what := agent.Command{
 		Args: cfg.Run.Command, Workdir: cfg.Run.Workdir, User: cfg.Run.User, Terminal: size, Hostname: cfg.VM.Name,
-		Keep: c.keep, Copies: opts.Copies, Artifacts: opts.Artifacts,
+		Keep: c.keep, Copies: transfers(cfg.Copies), Artifacts: transfers(cfg.Artifacts),
 	}
 	if size != nil && os.Getenv("TERM") != "" {
 		what.Env = append(what.Env, "TERM="+os.Getenv("TERM"))
@@ -97,6 +94,15 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 		}()
 	}
 	return c, nil
+}
+
+// transfers are the copies or artifacts of a configuration as the agent takes them.
+func transfers[T config.Copy | config.Artifact](files []T) []agent.Transfer {
+	var transfers []agent.Transfer
+	for _, f := range files {
+		transfers = append(transfers, agent.Transfer(f))
+	}
+	return transfers
 }
 
 func orDiscard(w io.Writer) io.Writer {

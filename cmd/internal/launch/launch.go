@@ -31,8 +31,6 @@ type Options struct {
 	// Started is when the process began, for the log of how long it took to the
 	// guest's first instruction.
 	Started time.Time
-	// Copies go to the guest before its command, Artifacts come back after it.
-	Copies, Artifacts []agent.Transfer
 	// Keep is the path of a new image that takes what is written to the first
 	// disk, empty if that is thrown away or written there.
 	Keep string
@@ -116,6 +114,9 @@ func Check(cfg *config.Config) error {
 		if err := checkFile("initrd", cfg.Boot.Initrd, func(boot.File) error { return nil }); err != nil {
 			return err
 		}
+	}
+	if err := agent.CheckCopies(transfers(cfg.Copies)); err != nil {
+		return err
 	}
 	open, err := openDisks(cfg, true)
 	if err != nil {
