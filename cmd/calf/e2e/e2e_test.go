@@ -38,7 +38,16 @@ func TestMain(m *testing.M) {
 		vsockGuest()
 		return
 	}
-	lab.Main(m, lab.Config{})
+	lab.Main(m, lab.Config{Files: map[string]string{"docs/run.md": repository("docs/run.md")}})
+}
+
+// repository is a file of this repository, by its path there. Inside an outer machine
+// there are those that TestMain has copied.
+func repository(path string) string {
+	if lab.Inside() {
+		return filepath.Join("/lab", path)
+	}
+	return filepath.Join("../../..", path)
 }
 
 // patience bounds every wait for a guest. A boot takes ten seconds on an
