@@ -75,6 +75,10 @@ type Config struct {
 	// Stopped, if it is set, is called with the disk's error whenever ErrorStop
 	// has stopped the device, in a goroutine of its own.
 	Stopped func(err error)
+	// Lost, if it is set, is called with the disk's error when the first write or
+	// flush is answered with one, by a worker: what the guest wrote may not be
+	// there, and it need not have noticed.
+	Lost func(err error)
 	// Serial is what the guest reads as the serial number, at most MaxSerial
 	// bytes.
 	Serial string
@@ -118,6 +122,7 @@ type Device struct {
 
 	rates rates
 
+	lost   sync.Once    // the call of Config.Lost
 	halted atomic.Bool  // by ErrorStop; read by the workers before each request
 	paused atomic.Int32 // calls of Pause that have not been ended; likewise
 
@@ -351,11 +356,15 @@ func (d *Device) diskFailed(op string, sector uint64, err error) (code byte) {
 	if dropped, ok := d.limit.Allow(); ok {
 		d.log.Error("disk error", "disk", d.cfg.Name, "op", op, "sector", sector, "err", err, "held_back", dropped)
 	}
+	err = fmt.Errorf("disk %s: %s at sector %d: %w", d.cfg.Name, op, sector, err)
 	if d.cfg.OnError == ErrorReport {
+		if d.cfg.Lost != nil && op != "read" && op != "discard" {
+			d.lost.Do(func() { d.cfg.Lost(err) })
+		}
 		return statusIOErr
 	}
 	if !d.halted.Swap(true) && d.cfg.Stopped != nil {
-		go d.cfg.Stopped(fmt.Errorf("disk %s: %s at sector %d: %w", d.cfg.Name, op, sector, err))
+		go d.cfg.Stopped(err)
 	}
 	return noStatus
 }

@@ -370,3 +370,32 @@ func TestUnsafe(t *testing.T) {
 		})
 	}
 }
+
+// TestLost tells of the first write that is answered with an error, and of no read.
+func TestLost(t *testing.T) {
+	for _, kind := range []uint32{tOut, tFlush, tWriteZeroes} {
+		var said stops
+		disk := newFailingDisk()
+		r := newRig(t, blk.Config{Disk: disk, Name: "root", Lost: said.add})
+		r.start(allFeatures, 1, 16)
+		disk.broken.Store(true)
+		data := make([]byte, 512)
+		switch kind {
+		case tFlush:
+			data = nil
+		case tWriteZeroes:
+			data = payload(seg{0, 1, 0})
+		}
+		if code, _, _ := r.do(tIn, 0, make([]byte, 512)); code != sIOErr || len(said.all()) != 0 {
+			t.Fatalf("a read has status %d, and it is said %v", code, said.all())
+		}
+		for range 2 {
+			if code, _, _ := r.do(kind, 0, data); code != sIOErr {
+				t.Fatalf("request %d has status %d", kind, code)
+			}
+		}
+		if all := said.all(); len(all) != 1 || !errors.Is(all[0], disk.cause) || !strings.Contains(all[0].Error(), "disk root: ") {
+			t.Errorf("after request %d it is said %v", kind, all)
+		}
+	}
+}

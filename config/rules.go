@@ -72,7 +72,7 @@ var rules = map[string]rule{
 	"disk.path":         {doc: "The image.", path: true, required: "every disk needs the path of an image"},
 	"disk.format":       {doc: "Format of the image. It may be left out if the name ends in .qcow2; it is never guessed from content.", values: []string{FormatQCOW2, FormatRaw}},
 	"disk.readonly":     {doc: "Whether the guest is kept from writing."},
-	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay, so that the image stays as it is. The default is that they do if there is a command."},
+	"disk.snapshot":     {doc: "Whether writes go to a throw-away overlay in $TMPDIR, so that the image stays as it is. The default is that they do if there is a command."},
 	"disk.queues":       {doc: "Number of request queues. The default is one per virtual CPU.", min: 1, max: maxQueues},
 	"disk.queue_size":   {doc: "Descriptors per request queue.", min: 4, max: 1024, powerOfTwo: true},
 	"disk.cache":        {doc: "When writes are durable: writeback, when the guest has flushed them; writethrough, when they complete; none, as writeback, but past the host's page cache (O_DIRECT); unsafe, never, so that a crash of the host may take the image with it.", values: []string{CacheWriteback, CacheWritethrough, CacheNone, CacheUnsafe}},

@@ -207,6 +207,7 @@ func (b *board) createDisk(d Disk) (err error) {
 		OpRate:       d.OpRate,
 		OnError:      d.OnError,
 		Stopped:      d.Stopped,
+		Lost:         d.Lost,
 	})
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrConfig, err)

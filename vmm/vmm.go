@@ -112,6 +112,7 @@ type Disk struct {
 	ByteRate, OpRate blk.Rate
 	OnError          blk.ErrorPolicy
 	Stopped          func(err error) // see Machine.ResumeDisks
+	Lost             func(err error)
 }
 
 // Outcome is how a run ended.

@@ -77,6 +77,9 @@ func artifactsOf(specs []string) ([]config.Artifact, error) {
 // settle makes the options go with each other.
 func (f *runFlags) settle(flags *pflag.FlagSet, cfg *config.Config, opts *launch.Options) error {
 	if len(cfg.Run.Command) == 0 {
+		if flags.ArgsLenAtDash() >= 0 {
+			return errors.New("no command follows the --; leave it out to boot the guest without one")
+		}
 		if f.keep != "" {
 			return config.NeedsCommand("--keep")
 		}

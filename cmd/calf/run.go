@@ -66,7 +66,9 @@ first disk, with the initial RAM disk and the root that go with it; calf image i
 
 With an IMAGE, writes go to a throw-away overlay and the image stays as it is;
 the disks of a file, and those of --disk without an IMAGE, are written unless
-they say snapshot. --snapshot and --no-snapshot decide for all disks.
+they say snapshot. --snapshot and --no-snapshot decide for all disks. Overlays lie
+in $TMPDIR, or /tmp, as files without a name: they need room there for what the
+guest writes, and are gone with calf, however it ends.
 
 On a terminal, every key goes to the guest; Ctrl-A x ends the guest and Ctrl-A
 Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a

@@ -16,9 +16,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/guest/agent/internal/archive"
 	"github.com/calfvm/calf/guest/agent/internal/wire"
@@ -86,6 +89,9 @@ type Result struct {
 	Uncopied string
 	// Lost are artifacts that could not be had, and why.
 	Lost []string
+	// Unwritten is why output of the command could not be written here, nil if it
+	// was, or if only its reader has left.
+	Unwritten error
 	// Kernel is the release of the guest's kernel.
 	Kernel string
 }
@@ -115,13 +121,14 @@ type Session struct {
 type stream struct {
 	to   io.Writer
 	done chan struct{}
+	err  error // of to; valid after done
 }
 
 // NewSession returns the run of a command.
 func NewSession(c Command, s Streams) *Session {
 	return &Session{
 		command: c, streams: s,
-		out: &stream{s.Out, make(chan struct{})}, err: &stream{s.Err, make(chan struct{})},
+		out: &stream{to: s.Out, done: make(chan struct{})}, err: &stream{to: s.Err, done: make(chan struct{})},
 		control: make(chan Conn, 1), up: make(chan struct{}), started: make(chan struct{}), over: make(chan struct{}),
 		taken: map[wire.Opening]bool{}, lost: map[int]string{}, artifacts: make(chan struct{}, len(c.Artifacts)),
 	}
@@ -204,21 +211,46 @@ func (s *Session) feed(c Conn) {
 // drain takes output of the guest. If the host's end takes no more, the guest is
 // told so, as by a pipe that nobody reads.
 func (st *stream) drain(c Conn) {
-	_, _ = io.Copy(st.to, c)
+	_, _ = io.Copy(st, c)
 	close(st.done)
 }
 
+// Write implements io.Writer.
+func (st *stream) Write(p []byte) (int, error) {
+	n, err := st.to.Write(p)
+	if err != nil && !errors.Is(err, unix.EPIPE) {
+		st.err = err
+	}
+	return n, err
+}
+
 // pack sends files to the guest. What goes wrong breaks the archive, which the
-// guest notices.
+// guest notices. Of a guest that takes no more, it knows better why.
 func (s *Session) pack(c Conn, t Transfer) {
-	if err := archive.Pack(c, t.From); err != nil {
-		s.mu.Lock()
-		s.uncopied = fmt.Sprintf("copying %s to the guest: %v", t.From, err)
-		s.mu.Unlock()
+	w := &toGuest{Writer: c}
+	if err := archive.Pack(w, t.From); err != nil {
+		if !w.refused {
+			s.mu.Lock()
+			s.uncopied = fmt.Sprintf("copying %s to the guest: %v", t.From, err)
+			s.mu.Unlock()
+		}
 		return
 	}
 	_ = c.CloseWrite()
 	_, _ = c.Read(make([]byte, 1)) // until the guest has it
+}
+
+// toGuest knows whether the guest has refused what was written.
+type toGuest struct {
+	io.Writer
+	refused bool
+}
+
+// Write implements io.Writer.
+func (w *toGuest) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	w.refused = w.refused || err != nil
+	return n, err
 }
 
 // unpack takes files of the guest.
@@ -253,21 +285,26 @@ func (s *Session) Run(ctx context.Context) (*Result, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %w", ErrNoStatus, err)
 	}
-	return r, s.finish(ctx, r, artifacts)
+	if err := s.finish(ctx, r, artifacts); err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 // talk is the exchange of messages. artifacts is how many are to come.
 func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 	in := c.(*opened).r
 	result = &Result{}
+	greeted := false
 	for {
 		var m wire.ToHost
 		if err := wire.Read(in, &m); err != nil {
 			return nil, 0, err
 		}
 		switch {
-		case m.Hello != nil && result.Kernel == "":
-			result.Kernel = m.Hello.Kernel
+		case m.Hello != nil && !greeted:
+			greeted = true
+			result.Kernel = printable(m.Hello.Kernel)
 			close(s.up)
 			if err := s.begin(c); err != nil {
 				return nil, 0, err
@@ -282,10 +319,10 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 				return nil, 0, fmt.Errorf("there is no artifact %d", i)
 			}
 			s.mu.Lock()
-			s.lost[m.Problem.Index] = m.Problem.Text
+			s.lost[m.Problem.Index] = printable(m.Problem.Text)
 			s.mu.Unlock()
 		case m.Problem != nil:
-			result.Problem = m.Problem.Text
+			result.Problem = printable(m.Problem.Text)
 		case m.Exit != nil:
 			result.Code, result.Signal = m.Exit.Code&0xff, m.Exit.Signal
 			return result, min(m.Exit.Artifacts, len(s.command.Artifacts)), nil
@@ -293,12 +330,22 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 	}
 }
 
+// printable is what a guest says as it may be shown on a terminal.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, wire.Clip(text))
+}
+
 // begin tells the guest what to run, and what has been said to it before that.
 func (s *Session) begin(c Conn) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	start := &wire.Start{
-		Args: s.command.Args, Env: s.command.Env, Workdir: s.command.Workdir, User: s.command.User,
+		Args: s.command.Args, Env: s.command.Env, Workdir: wire.Text(s.command.Workdir), User: s.command.User,
 		Hostname: s.command.Hostname, Keep: s.command.Keep, Time: time.Now().UnixNano(),
 	}
 	size := s.command.Terminal
@@ -320,12 +367,16 @@ func (s *Session) begin(c Conn) error {
 
 // finish waits for what the command has written, and for its artifacts.
 func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
-	var waits []<-chan struct{}
+	var streams []*stream
 	if r.Ran {
-		waits = append(waits, s.out.done)
+		streams = append(streams, s.out)
 	}
 	if r.Ran && s.command.Terminal == nil {
-		waits = append(waits, s.err.done)
+		streams = append(streams, s.err)
+	}
+	var waits []<-chan struct{}
+	for _, st := range streams {
+		waits = append(waits, st.done)
 	}
 	for range artifacts {
 		waits = append(waits, s.artifacts)
@@ -335,6 +386,11 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 		case <-w:
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		}
+	}
+	for _, st := range streams {
+		if st.err != nil {
+			r.Unwritten = errors.Join(r.Unwritten, fmt.Errorf("output of the command is lost: %w", st.err))
 		}
 	}
 	s.mu.Lock()
@@ -365,14 +421,4 @@ func (s *Session) Resize(size Size) {
 		return
 	}
 	_ = wire.Write(s.conn, wire.ToGuest{Size: &wire.Size{Rows: size.Rows, Cols: size.Cols}}) // the guest's loss
-}
-
-// CheckCopies reports what cannot be copied, before a guest runs.
-func CheckCopies(copies []Transfer) error {
-	for _, t := range copies {
-		if _, err := os.Stat(t.From); err != nil {
-			return fmt.Errorf("copy: %w", err)
-		}
-	}
-	return nil
 }

@@ -15,7 +15,7 @@ type HandOver struct {
 	// nothing.
 	Hostname string
 	// Up is called when the guest has its root in place, with the release of its
-	// kernel, which is not to be trusted.
+	// kernel.
 	Up func(kernel string)
 }
 
@@ -33,7 +33,7 @@ func (h *HandOver) Serve(c Conn) {
 	if err := wire.Read(in.r, &m); err != nil || m.Hello == nil {
 		return
 	}
-	h.Up(m.Hello.Kernel)
+	h.Up(printable(m.Hello.Kernel))
 	if err := wire.Write(c, wire.ToGuest{Start: &wire.Start{Time: time.Now().UnixNano(), Hostname: h.Hostname}}); err != nil {
 		return
 	}

@@ -152,7 +152,7 @@ func (w *writer) Write(p []byte) (int, error) {
 		case isRetry(err):
 		case errors.Is(err, errAborted):
 			w.gone, w.aborted = true, true
-		case errors.Is(err, unix.EPIPE), errors.Is(err, unix.EIO):
+		case errors.Is(err, unix.EPIPE), errors.Is(err, unix.EIO) && !w.strict: // a terminal that is gone
 			w.gone = true
 		case err != nil:
 			return len(p) - len(rest), fmt.Errorf("write %s: %w", w.file.Name(), err)

@@ -67,21 +67,16 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 		return nil, nil
 	}
 	size := terminalSize(opts.Streams)
+	what := commandOf(cfg)
+	what.Terminal, what.Keep = size, opts.Keep != ""
+	if size != nil && os.Getenv("TERM") != "" {
+		what.Env = slices.Insert(what.Env, 0, "TERM="+os.Getenv("TERM")) // which the user may set
+	}
 	streams, err := console.OpenCommand(opts.Streams, size != nil, leave)
 	if err != nil {
 		return nil, err
 	}
-	c := &command{streams: streams, keep: opts.Keep != "", runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
-	what := agent.Command{
-		Args: cfg.Run.Command, Workdir: cfg.Run.Workdir, User: cfg.Run.User, Terminal: size, Hostname: cfg.VM.Name,
-		Keep: c.keep, Copies: transfers(cfg.Copies), Artifacts: transfers(cfg.Artifacts),
-	}
-	if size != nil && os.Getenv("TERM") != "" {
-		what.Env = append(what.Env, "TERM="+os.Getenv("TERM"))
-	}
-	for _, name := range slices.Sorted(maps.Keys(cfg.Run.Env)) {
-		what.Env = append(what.Env, name+"="+cfg.Run.Env[name])
-	}
+	c := &command{streams: streams, keep: what.Keep, runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
 	c.session = agent.NewSession(what, agent.Streams{In: streams.In, Out: orDiscard(streams.Out), Err: orDiscard(streams.Err)})
 	if size != nil {
 		signal.Notify(c.resized, unix.SIGWINCH)
@@ -94,6 +89,18 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 		}()
 	}
 	return c, nil
+}
+
+// commandOf is the command of cfg, as the agent takes it.
+func commandOf(cfg *config.Config) agent.Command {
+	c := agent.Command{
+		Args: cfg.Run.Command, Workdir: cfg.Run.Workdir, User: cfg.Run.User, Hostname: cfg.VM.Name,
+		Copies: transfers(cfg.Copies), Artifacts: transfers(cfg.Artifacts),
+	}
+	for _, name := range slices.Sorted(maps.Keys(cfg.Run.Env)) {
+		c.Env = append(c.Env, name+"="+cfg.Run.Env[name])
+	}
+	return c
 }
 
 // transfers are the copies or artifacts of a configuration as the agent takes them.

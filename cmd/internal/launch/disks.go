@@ -2,8 +2,13 @@ package launch
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"os"
 	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/blk"
 	"github.com/calfvm/calf/config"
@@ -62,9 +67,44 @@ func (d disks) close() error {
 // openDisk opens a disk, under a throw-away overlay if that is asked for.
 func openDisk(d config.Disk, readOnly bool) (image, error) {
 	if d.Snapshot && !d.ReadOnly && !readOnly {
-		return qcow2.OpenScratch("", d.Path, d.Format, options(d, true))
+		return qcow2.OpenScratch(overlayDir(), d.Path, d.Format, options(d, true))
 	}
 	return openImage(d, d.ReadOnly || readOnly)
+}
+
+// overlayDir is where throw-away overlays lie.
+func overlayDir() string { return os.TempDir() }
+
+// explain says what mends an error of the disk d, as far as that is known.
+func explain(d config.Disk, err error) error {
+	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)
+	switch {
+	case full && d.Snapshot && !d.ReadOnly:
+		return fmt.Errorf("there is no room left in %s for the throw-away overlay of disk %s; make some, or set TMPDIR to a directory with more (%w)", overlayDir(), d.Path, err)
+	case full:
+		return fmt.Errorf("there is no room left for disk %s; make some (%w)", d.Path, err)
+	}
+	return err
+}
+
+// failures keeps the first error of disks that has cost a guest what it wrote.
+type failures struct {
+	mu  sync.Mutex
+	err error // guarded by mu
+}
+
+func (f *failures) add(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.err = err
+	}
+}
+
+func (f *failures) first() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
 }
 
 func openImage(d config.Disk, readOnly bool) (image, error) {

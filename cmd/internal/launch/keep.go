@@ -3,6 +3,7 @@ package launch
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"path/filepath"
 	"slices"
 
@@ -31,8 +32,11 @@ func keepOverlay(cfg *config.Config, path string) error {
 	if dir == filepath.Dir(over) {
 		under = filepath.Base(under)
 	}
-	if err := qcow2.Create(path, qcow2.CreateOptions{Size: size, BackingFile: under, BackingFormat: d.Format}); err != nil {
-		return fmt.Errorf("keep: %w", err)
+	switch err := qcow2.Create(path, qcow2.CreateOptions{Size: size, BackingFile: under, BackingFormat: d.Format}); {
+	case errors.Is(err, fs.ErrExist):
+		return fmt.Errorf("--keep makes a new file, and %s is there already: boot that, remove it, or name another", path)
+	case err != nil:
+		return fmt.Errorf("--keep: %w", err)
 	}
 	d.Path, d.Format, d.Snapshot, d.ReadOnly = path, config.FormatQCOW2, false, false
 	d.BackingDirs = append(slices.Clone(d.BackingDirs), dir)

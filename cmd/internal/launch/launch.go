@@ -17,7 +17,6 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
-	"github.com/calfvm/calf/guest/agent"
 	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/vmm"
 )
@@ -115,7 +114,7 @@ func Check(cfg *config.Config) error {
 			return err
 		}
 	}
-	if err := agent.CheckCopies(transfers(cfg.Copies)); err != nil {
+	if err := commandOf(cfg).Check(); err != nil {
 		return err
 	}
 	open, err := openDisks(cfg, true)
@@ -196,7 +195,9 @@ type end struct {
 	err     error // why it was not, or why it did not end by itself
 	closing error // what went wrong afterwards, when everything was closed
 	lost    bool  // output was dropped, because nobody read it
-	command *command
+	// unwritten is the first error that a disk has answered a write of the guest with.
+	unwritten error
+	command   *command
 }
 
 // run opens what cfg names, runs the guest and closes everything again.
@@ -245,17 +246,28 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		if e.err = keepOverlay(cfg, opts.Keep); e.err != nil {
 			return e
 		}
+		defer func() {
+			if !e.ran {
+				also(os.Remove(opts.Keep))
+			}
+		}()
 	}
 	// The disks are opened for writing, which may change them, last of all,
 	// and closed after the machine that uses them.
 	var open disks
-	defer func() { also(errors.Join(machine.Close(), open.close())) }()
+	var failed failures
+	defer func() {
+		also(errors.Join(machine.Close(), open.close()))
+		e.unwritten = failed.first()
+	}()
 	if open, e.err = openDisks(cfg, false); e.err != nil {
 		return e
 	}
 	kernel.use(open)
-	for _, d := range open {
-		d.Stopped = func(err error) { announceStop(opts.Streams.Messages, err) }
+	for i, d := range open {
+		disk := cfg.Disks[i]
+		d.Stopped = func(err error) { announceStop(opts.Streams.Messages, explain(disk, err)) }
+		d.Lost = func(err error) { failed.add(explain(disk, err)) }
 		if e.err = machine.AddDisk(d); e.err != nil {
 			return e
 		}
@@ -343,10 +355,11 @@ func announceStop(w io.Writer, err error) {
 func result(cfg *config.Config, e end) Result {
 	r := Result{Outcome: e.outcome.String()}
 	var killed *killedError
-	also := e.closing
+	also := errors.Join(e.unwritten, e.closing)
 	switch {
 	case e.command.ended():
 		e.command.report(&r)
+		also = errors.Join(e.command.result.Unwritten, also)
 		if also != nil && r.ExitCode == 0 {
 			r.ExitCode, r.Message = ExitError, strings.TrimPrefix(r.Message+"; the command ended well, but not everything that the guest wrote may be in place", "; ")
 		}
@@ -355,8 +368,9 @@ func result(cfg *config.Config, e end) Result {
 		also = errors.Join(e.command.err, also)
 	case e.outcome == vmm.PowerOff, e.outcome == vmm.Reboot:
 		r.ExitCode = ExitPowerOff
-		if also = errors.Join(e.err, also); also != nil {
+		if errors.Join(e.err, e.closing) != nil { // what a disk has failed for, the guest knows
 			r.ExitCode, r.Message = ExitError, "the guest ended by itself, but not everything it wrote may be in place"
+			also = errors.Join(e.err, also)
 		}
 	case e.outcome == vmm.Panic:
 		r.ExitCode, r.Message = ExitGuest, "the guest's kernel panicked; its console says why"

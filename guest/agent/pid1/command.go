@@ -80,7 +80,7 @@ func (c *command) begin() (kind string, err error) {
 	if err := os.Setenv("PATH", valueOf(env, "PATH")); err != nil { // for LookPath
 		return wire.Setup, err
 	}
-	dir := c.start.Workdir
+	dir := string(c.start.Workdir)
 	if dir == "" {
 		dir = "/"
 	}
@@ -99,7 +99,8 @@ func (c *command) begin() (kind string, err error) {
 		return wire.Setup, err
 	}
 	path, err := exec.LookPath(c.start.Args[0])
-	if err == nil || errors.Is(err, exec.ErrDot) {
+	found := err == nil || errors.Is(err, exec.ErrDot)
+	if found {
 		attr := &os.ProcAttr{Dir: dir, Env: env, Files: c.ours[:3], Sys: &syscall.SysProcAttr{
 			Setsid: true, Setctty: c.tty != nil, Ctty: 0, Credential: &who.credential,
 		}}
@@ -109,10 +110,13 @@ func (c *command) begin() (kind string, err error) {
 			return "", p.Release()
 		}
 	}
-	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
-		return wire.NotFound, fmt.Errorf("%s: there is no such command in the guest", c.start.Args[0])
+	switch missing := errors.Is(err, fs.ErrNotExist); {
+	case found && missing:
+		return wire.NotExecutable, fmt.Errorf("%s cannot be executed: the guest does not have the interpreter or loader that it names", path)
+	case missing || errors.Is(err, exec.ErrNotFound):
+		return wire.NotFound, fmt.Errorf("%.200q: there is no such command in the guest", c.start.Args[0])
 	}
-	return wire.NotExecutable, fmt.Errorf("%s cannot be executed: %w", c.start.Args[0], err)
+	return wire.NotExecutable, fmt.Errorf("%.200q cannot be executed: %w", c.start.Args[0], err)
 }
 
 func onlyIf(yes bool, err error) error {

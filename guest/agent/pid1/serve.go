@@ -24,7 +24,7 @@ func meet() (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
 	}
 	var name unix.Utsname
 	var m wire.ToGuest
-	r = bufio.NewReaderSize(control, maxStart)
+	r = bufio.NewReaderSize(control, wire.MaxStart)
 	if err = unix.Uname(&name); err == nil {
 		err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: unix.ByteSliceToString(name.Release[:])}})
 	}
@@ -75,9 +75,6 @@ func serve() error {
 	return nil
 }
 
-// maxStart bounds a message of the host: arguments and environment of a command.
-const maxStart = 8 << 20
-
 // host is the other end of the control connection.
 type host struct {
 	mu sync.Mutex // held while a message is written
@@ -92,6 +89,7 @@ func (h *host) send(m wire.ToHost) error {
 
 // tell tells the host what went wrong.
 func (h *host) tell(p wire.Problem) {
+	p.Text = wire.Clip(p.Text)
 	_ = h.send(wire.ToHost{Problem: &p}) // if the host is gone, the guest ends anyway
 }
 

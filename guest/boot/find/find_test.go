@@ -225,7 +225,7 @@ func TestSignatures(t *testing.T) {
 		}
 	}
 	for _, size := range []int{0, 1, 511, 512, 1024, 5000, 1 << 20} {
-		if _, err := Kernel(bytes.NewReader(make([]byte, size)), int64(size)); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "nothing that calf knows") {
+		if _, err := Kernel(bytes.NewReader(make([]byte, size)), int64(size)); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "is empty") {
 			t.Errorf("%d zeros: %v", size, err)
 		}
 	}

@@ -142,11 +142,27 @@ func (v *volume) open(r *io.SectionReader) error {
 	if v.Kind, v.UUID, err = identify(r); err != nil {
 		return err
 	}
-	v.why = errors.New("holds nothing that calf knows")
-	if v.Kind != "" {
+	switch empty, err := isEmpty(r); {
+	case err != nil:
+		return err
+	case v.Kind != "":
 		v.why = fmt.Errorf("holds %s, which calf cannot look into", v.Kind)
+	case empty:
+		v.why = errors.New("is empty")
+	default:
+		v.why = errors.New("holds nothing that calf knows")
 	}
 	return nil
+}
+
+// isEmpty reports whether there are only zeros where anything known begins.
+func isEmpty(r io.ReaderAt) (bool, error) {
+	var b [1 << 17]byte
+	n, err := r.ReadAt(b[:], 0)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return len(bytes.Trim(b[:n], "\x00")) == 0, err
 }
 
 // identify says what is there by its signature; empty if nothing is known to be.

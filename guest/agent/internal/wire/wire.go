@@ -92,10 +92,10 @@ type Size struct {
 type Start struct {
 	// Args are the command and its arguments. Without any, the init of the image
 	// takes over, and Time and Hostname are all that is said.
-	Args    []string `json:"args"`
-	Env     []string `json:"env,omitempty"` // NAME=VALUE, over what a login sets
-	Workdir string   `json:"workdir,omitempty"`
-	User    string   `json:"user,omitempty"` // name or number, with :GROUP if need be
+	Args    Texts  `json:"args"`
+	Env     Texts  `json:"env,omitempty"` // NAME=VALUE, over what a login sets
+	Workdir Text   `json:"workdir,omitempty"`
+	User    string `json:"user,omitempty"` // name or number, with :GROUP if need be
 	// Terminal makes one for the command, of this size; Stdin and Stdout lead to
 	// it, and there is no Stderr.
 	Terminal *Size `json:"terminal,omitempty"`
@@ -106,12 +106,66 @@ type Start struct {
 	Keep bool `json:"keep,omitempty"`
 	// Copies are the paths that archives are unpacked to before the command runs,
 	// Artifacts those that are packed after it.
-	Copies    []string `json:"copies,omitempty"`
-	Artifacts []string `json:"artifacts,omitempty"`
+	Copies    Texts `json:"copies,omitempty"`
+	Artifacts Texts `json:"artifacts,omitempty"`
 }
 
-// MaxLine bounds what the host reads as a line of a guest.
-const MaxLine = 64 << 10
+// Text is a string that need not be Unicode, as those of JSON have to be: arguments
+// and paths are any bytes. It goes as base64.
+type Text string
+
+// MarshalJSON implements json.Marshaler.
+func (t Text) MarshalJSON() ([]byte, error) { return json.Marshal([]byte(t)) }
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (t *Text) UnmarshalJSON(b []byte) error {
+	var raw []byte
+	err := json.Unmarshal(b, &raw)
+	*t = Text(raw)
+	return err
+}
+
+// Texts are strings of that kind.
+type Texts []string
+
+// MarshalJSON implements json.Marshaler.
+func (t Texts) MarshalJSON() ([]byte, error) {
+	texts := make([]Text, len(t))
+	for i, s := range t {
+		texts[i] = Text(s)
+	}
+	return json.Marshal(texts)
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (t *Texts) UnmarshalJSON(b []byte) error {
+	var texts []Text
+	err := json.Unmarshal(b, &texts)
+	*t = make(Texts, len(texts))
+	for i, s := range texts {
+		(*t)[i] = string(s)
+	}
+	return err
+}
+
+// MaxLine bounds what the host reads as a line of a guest, MaxStart what a guest
+// reads as one of the host: arguments and environment of a command.
+const (
+	MaxLine  = 64 << 10
+	MaxStart = 8 << 20
+)
+
+// maxProblem bounds the text of a Problem, of which JSON makes up to six times as
+// much.
+const maxProblem = 4 << 10
+
+// Clip cuts a text down to what a Problem can have.
+func Clip(text string) string {
+	if len(text) <= maxProblem {
+		return text
+	}
+	return text[:maxProblem] + "…"
+}
 
 // Write writes v as a line.
 func Write(w io.Writer, v any) error {
