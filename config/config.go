@@ -18,6 +18,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -167,8 +168,8 @@ func (c *Config) Expand() []*Config {
 	return c.targets
 }
 
-// Effective returns a copy of c with every default filled in: what a run of c
-// means.
+// Effective returns a copy of c with every default filled in, and in every path of
+// the host the name of the target for "{target}": what a run of c means.
 func (c *Config) Effective() *Config {
 	e := c.clone()
 	e.VM.CPUs = orDefault(c.VM.CPUs, 1)
@@ -187,12 +188,35 @@ func (c *Config) Effective() *Config {
 	}
 	for i := range e.Artifacts {
 		a := &e.Artifacts[i]
-		a.To = orDefault(a.To, filepath.Join(c.dir, lastName(a.From)))
+		a.To = orDefault(a.To, filepath.Join(e.dir, lastName(a.From)))
 	}
+	e.fillTarget()
 	for i := range e.targets {
 		e.targets[i] = e.targets[i].Effective()
 	}
 	return e
+}
+
+// targetMark stands for the name of the target in paths.
+const targetMark = "{target}"
+
+// fillTarget puts the name of the target into the paths of c, if c is that of one.
+func (c *Config) fillTarget() {
+	fill := func(v reflect.Value) { v.SetString(strings.ReplaceAll(v.String(), targetMark, c.Target)) }
+	for _, t := range c.tables() {
+		for _, f := range fieldsOf(t.value.Type(), t.name) {
+			v := t.value.Field(f.index)
+			switch {
+			case c.Target == "" || !f.rule.path:
+			case v.Kind() == reflect.Slice:
+				for i := range v.Len() {
+					fill(v.Index(i))
+				}
+			default:
+				fill(v)
+			}
+		}
+	}
 }
 
 // clone returns a copy of c that shares nothing with it.

@@ -170,9 +170,13 @@ func (d *decoder) field(dst reflect.Value, f field, name, path string, value any
 	}
 }
 
-// refuse reports a value that assign did not take: an element of an array if one
-// is at fault, else the whole.
+// refuse reports a value that assign did not take: what is at fault in an array or a
+// table, else the whole.
 func (d *decoder) refuse(t reflect.Type, f field, value any, at *tomlpos.Node) {
+	if table, ok := value.(map[string]any); ok && t.Kind() == reflect.Map {
+		d.refuseEntries(t, f, table, at)
+		return
+	}
 	items, _ := value.([]any)
 	for i, item := range items {
 		elem := reflect.New(reflect.TypeFor[string]()).Elem()
@@ -182,6 +186,19 @@ func (d *decoder) refuse(t reflect.Type, f field, value any, at *tomlpos.Node) {
 		}
 	}
 	d.fail(at.Value, "%s %s", f.name, f.rule.refusal(t, value))
+}
+
+// refuseEntries reports the entries of a table of strings that assign did not take.
+func (d *decoder) refuseEntries(t reflect.Type, f field, table map[string]any, at *tomlpos.Node) {
+	for name, value := range table {
+		entry := at.Fields[name]
+		switch {
+		case !f.rule.allows(map[string]string{name: ""}):
+			d.fail(entry.Key, "%s cannot have %q: the name of a variable is not empty and has neither equals signs nor null characters", f.name, name)
+		case !assign(reflect.New(t).Elem(), f.rule, d.dir, map[string]any{name: value}):
+			d.fail(entry.Value, "%q of %s must be a string without null characters, not %s", name, f.name, describe(value))
+		}
+	}
 }
 
 // tablesOf returns value as an array of tables, if it is one.

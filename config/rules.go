@@ -96,7 +96,7 @@ var rules = map[string]rule{
 	"artifact.from": {doc: "File or directory of the guest.", guest: true, required: "every artifact needs a path of the guest"},
 	"artifact.to":   {doc: "Where it goes on the host, as to of a copy. The default is the last name of from, in the directory of this file.", path: true, slash: true},
 
-	"target":      {doc: "A matrix: the guests of a run, one for each. What a target says merges over the tables above it key by key, and run.env variable by variable; an array replaces the one above."},
+	"target":      {doc: "A matrix: the guests of a run, one for each. What a target says merges over the tables above it key by key, and run.env variable by variable; an array replaces the one above. In a path of the host, {target} stands for the name."},
 	"target.name": {doc: "Name of the target, for messages and files. No two have the same.", max: 64, fileName: true, required: "every target needs a name"},
 }
 
@@ -187,7 +187,7 @@ func (r rule) accepts(t reflect.Type) string {
 	}
 	s := "a string"
 	if r.fileName {
-		s = "a name without slashes,"
+		s = "a name without slashes and braces,"
 	}
 	if r.max > 0 {
 		s += fmt.Sprintf(" of at most %d bytes", r.max)
@@ -224,7 +224,7 @@ func (r rule) allows(v any) bool {
 		case r.path:
 			return v != "" && utf8.ValidString(v) && !strings.ContainsRune(v, 0)
 		}
-		if r.fileName && (strings.Trim(v, ".") == "" || strings.Contains(v, "/")) {
+		if r.fileName && (strings.Trim(v, ".") == "" || strings.ContainsAny(v, "/{}")) {
 			return false
 		}
 		return (r.max == 0 || uint64(len(v)) <= r.max) && utf8.ValidString(v) && !strings.ContainsFunc(v, func(c rune) bool {

@@ -118,7 +118,7 @@ func (r rule) schema(t reflect.Type) map[string]any {
 	case r.guest:
 		s["pattern"] = "^/"
 	case r.fileName:
-		s["pattern"], s["maxLength"] = `^[^/]*[^./][^/]*$`, r.max
+		s["pattern"], s["maxLength"] = `^[^/{}]*[^./{}][^/{}]*$`, r.max
 	case r.max > 0:
 		s["maxLength"] = r.max
 	}

@@ -55,7 +55,9 @@ func randomTables(rnd *rand.Rand) map[string]any {
 		maps.DeleteFunc(keys, func(string, any) bool { return rnd.IntN(2) == 0 })
 		return keys
 	}
-	word := func() string { return string(rune('a' + rnd.IntN(26))) }
+	word := func() string {
+		return string(rune('a'+rnd.IntN(26))) + []string{"", "", "{target}", "{target"}[rnd.IntN(4)]
+	}
 	several := func(item func() map[string]any) []map[string]any {
 		tables := make([]map[string]any, rnd.IntN(3))
 		for i := range tables {
@@ -138,6 +140,37 @@ target = [{ name = "a" }, { name = "b", boot.kernel = "k" }]
 	}
 }
 
+// TestTargetInPaths has the name of the target in every path of the host, and nowhere
+// else.
+func TestTargetInPaths(t *testing.T) {
+	const text = `
+vm.name = "{target}"
+boot = { kernel = "k/{target}", initrd = "/{target}/{target}", cmdline = "{target}" }
+run = { command = ["{target}"], workdir = "/{target}" }
+vsock.path = "{target}.sock"
+disk = [{ path = "{target}.qcow2", serial = "{target}", backing_dirs = ["a", "{target}"] }]
+copy = [{ from = "{target}", to = "/{target}" }]
+artifact = [{ from = "/{target}", to = "{target}/" }, { from = "/{target}" }]
+`
+	alone := parse(t, text).Effective()
+	if got := alone.Boot.Kernel; got != "/dir/k/{target}" {
+		t.Errorf("the kernel of no target is %s", got)
+	}
+	c := parse(t, text+"target = [{ name = 'x' }]\n").Expand()[0]
+	want := *alone
+	want.Target = "x"
+	want.Boot.Kernel, want.Boot.Initrd, want.Vsock.Path = "/dir/k/x", "/x/x", "/dir/x.sock"
+	want.Disks[0].Path, want.Disks[0].BackingDirs = "/dir/x.qcow2", []string{"/dir/a", "/dir/x"}
+	want.Copies[0].From = "/dir/x"
+	want.Artifacts[0].To, want.Artifacts[1].To = "/dir/x/", "/dir/x"
+	if diff := cmp.Diff(&want, c.Effective(), ignoreOrigins); diff != "" {
+		t.Errorf("effective (-want +got):\n%s", diff)
+	}
+	if c.Boot.Kernel != "/dir/k/{target}" || c.Disks[0].BackingDirs[1] != "/dir/{target}" {
+		t.Error("Effective changed its receiver")
+	}
+}
+
 // TestValidateChecksTargets holds messages against the places that they name.
 func TestValidateChecksTargets(t *testing.T) {
 	for _, tt := range []struct {
@@ -169,6 +202,14 @@ func TestValidateChecksTargets(t *testing.T) {
 				return nil
 			},
 			want: []string{"--vsock is that of another target too"},
+		},
+		{
+			name: "one artifact", text: "boot.kernel = 'k'\nrun.command = ['x']\nartifact = [{ from = '/a', to = 'out' }]\n[[target]]\nname = 'a'\n[[target]]\nname = 'b'\n" +
+				"[[target]]\nname = 'c'\nartifact = [{ from = '/out' }, { from = '/b/out', to = './' }]\n",
+			want: []string{"test.toml:3:33: artifact.to is that of another target too", "test.toml:10:13: artifact.to is that of another", "test.toml:10:56: artifact.to is that of another"},
+		},
+		{
+			name: "each its own", text: "boot.kernel = 'k'\nrun.command = ['x']\nvsock.path = '{target}'\nartifact = [{ from = '/a', to = 'out/{target}/' }, { from = '/a', to = 'out/{target}/a' }]\n[[target]]\nname = 'a'\n[[target]]\nname = 'b'\n",
 		},
 		{
 			name: "no command", text: "boot.kernel = 'k'\n[run]\nuser = 'u'\n[[target]]\nname = 'a'\n[[target]]\nname = 'b'\n[[target.copy]]\nfrom = '/a'\nto = '/a'\n[[target]]\nname = 'c'\nrun.command = ['x']\n",

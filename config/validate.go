@@ -2,9 +2,11 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
 	"reflect"
 	"strconv"
+	"strings"
 )
 
 // Validate reports every value of c that cannot be, wherever it came from, and
@@ -50,12 +52,24 @@ func (c *Config) checkNames() Errors {
 // place.
 func (c *Config) checkShared() Errors {
 	var errs Errors
-	sockets := map[string]bool{}
+	taken := map[string]bool{}
 	for _, t := range c.targets {
-		if path := t.Vsock.Path; path != "" && sockets[path] {
-			errs = append(errs, t.fault(table{name: "vsock", path: "vsock"}, "path", "is that of another target too, and they can run at once: give each its own"))
+		makes := map[string]bool{}
+		use := func(in table, key, path string) {
+			if taken[path] {
+				errs = append(errs, t.fault(in, key, "is that of another target too, and they can run at once: give each its own, such as one with %s in it", targetMark))
+			}
+			makes[path] = path != ""
 		}
-		sockets[t.Vsock.Path] = true
+		e := t.Effective()
+		use(table{name: "vsock", path: "vsock"}, "path", e.Vsock.Path)
+		for i, a := range e.Artifacts {
+			if strings.HasSuffix(a.To, "/") {
+				a.To += lastName(a.From)
+			}
+			use(table{name: "artifact", path: itemPath("artifact", i)}, "to", a.To)
+		}
+		maps.Copy(taken, makes)
 	}
 	return errs
 }
