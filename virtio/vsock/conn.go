@@ -10,7 +10,7 @@ import (
 
 // creditStep is how much a program has to read before the guest is told of the
 // room that it has made.
-const creditStep = bufferSize / 4
+const creditStep = bufferSize / 2
 
 // goodbye is how long a guest may take to confirm the end of a connection.
 const goodbye = 5 * time.Second
@@ -22,6 +22,10 @@ type Conn struct {
 	ports
 	dialed bool // by the host
 	queued bool // in Device.ready; guarded by Device.mu
+
+	// Each is held by a program for the length of a call, before mu: there is one
+	// reader at a time, and one writer.
+	reading, writing sync.Mutex
 
 	// mu guards what follows.
 	mu      sync.Mutex
@@ -38,7 +42,7 @@ type Conn struct {
 	sent      uint32
 	peerAlloc uint32
 	peerTaken uint32
-	asked     bool // for the guest's credit, since it last told
+	asked     bool // for the guest's credit, since it last gave some
 
 	// From the guest.
 	in    ring
@@ -84,60 +88,142 @@ func (c *Conn) established() error {
 // Read implements io.Reader. It returns io.EOF once the guest sends no more, and
 // ECONNRESET if the connection has broken.
 func (c *Conn) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	data, err := c.arrived()
+	n := copy(p, data)
+	c.taking(n)
+	return n, err
+}
+
+// WriteTo implements io.WriterTo: what the guest sends goes to w without a copy on
+// the way.
+func (c *Conn) WriteTo(w io.Writer) (int64, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	for done := int64(0); ; {
+		data, err := c.arrived()
+		if err != nil {
+			if err == io.EOF { //nolint:errorlint // it is never wrapped
+				err = nil
+			}
+			return done, err
+		}
+		n, err := w.Write(data)
+		c.taking(n)
+		done += int64(n)
+		if err != nil {
+			return done, err
+		}
+	}
+}
+
+// arrived waits for data of the guest, and returns what there is, or why there is
+// none. reading is held.
+func (c *Conn) arrived() ([]byte, error) {
 	c.mu.Lock()
-	for len(p) > 0 && c.in.n == 0 && c.err == nil && !c.closed && c.theirs&shutdownSend == 0 {
+	defer c.mu.Unlock()
+	for c.in.n == 0 && c.err == nil && !c.closed && c.theirs&shutdownSend == 0 {
 		c.changed.Wait()
 	}
-	if c.closed {
-		c.mu.Unlock()
-		return 0, io.ErrClosedPipe
+	switch {
+	case c.closed:
+		return nil, io.ErrClosedPipe
+	case c.in.n > 0:
+		return c.in.front(), nil
+	case c.theirs&shutdownSend != 0:
+		return nil, io.EOF
 	}
-	n := min(len(p), c.in.n)
-	c.in.take(p[:n])
-	c.taken += uint32(n) //nolint:gosec // G115: at most bufferSize
-	err := c.err
-	if c.theirs&shutdownSend != 0 {
-		err = io.EOF
+	return nil, c.err
+}
+
+// taking takes note that a program has n bytes of what arrived has returned. reading
+// is held.
+func (c *Conn) taking(n int) {
+	c.mu.Lock()
+	if !c.closed { // else all has been taken
+		c.in.drop(n)
+		c.taken += uint32(n) //nolint:gosec // G115: at most bufferSize
 	}
 	wake := c.taken-c.told >= creditStep
 	c.mu.Unlock()
 	if wake {
 		c.dev.wake(c)
 	}
-	if n > 0 || len(p) == 0 {
-		err = nil
-	}
-	return n, err
 }
 
 // Write implements io.Writer. It returns when the data is on its way, which is
 // before the guest has read it. It fails with EPIPE once the guest reads no more.
 func (c *Conn) Write(p []byte) (int, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
 	done := 0
 	for done < len(p) {
-		n, err := c.write(p[done:])
-		done += n
+		room, err := c.vacant()
 		if err != nil {
 			return done, err
 		}
-		c.dev.wake(c)
+		n := copy(room, p[done:])
+		if err := c.giving(n); err != nil {
+			return done, err
+		}
+		done += n
 	}
 	return done, nil
 }
 
-// write takes as much of p as there is room for, once there is.
-func (c *Conn) write(p []byte) (int, error) {
+// ReadFrom implements io.ReaderFrom: what comes from r goes to the guest without a
+// copy on the way.
+func (c *Conn) ReadFrom(r io.Reader) (int64, error) {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	for done := int64(0); ; {
+		room, err := c.vacant()
+		if err != nil {
+			return done, err
+		}
+		n, readErr := r.Read(room)
+		done += int64(n)
+		switch err := c.giving(n); {
+		case err != nil:
+			return done, err
+		case readErr == io.EOF: //nolint:errorlint // as io.Reader has it
+			return done, nil
+		case readErr != nil:
+			return done, readErr
+		}
+	}
+}
+
+// vacant waits for room for data to the guest, and returns it. writing is held.
+func (c *Conn) vacant() ([]byte, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for c.out.room() == 0 && c.writable() == nil {
 		c.changed.Wait()
 	}
 	if err := c.writable(); err != nil {
-		return 0, err
+		return nil, err
 	}
-	n := min(len(p), c.out.room())
-	c.out.put(p[:n])
-	return n, nil
+	return c.out.free(), nil
+}
+
+// giving sends the first n bytes of what vacant has returned on their way. writing
+// is held.
+func (c *Conn) giving(n int) error {
+	c.mu.Lock()
+	err := c.writable()
+	if err == nil {
+		c.out.grow(n)
+	}
+	c.mu.Unlock()
+	if err == nil && n > 0 {
+		c.dev.wake(c)
+	}
+	return err
 }
 
 // writable says why nothing can be written. mu is held.
@@ -281,8 +367,14 @@ func (c *Conn) room() uint32 {
 }
 
 // credit takes note of the room that a packet tells of. mu is held, or nobody else
-// knows c.
-func (c *Conn) credit(h *header) { c.peerAlloc, c.peerTaken, c.asked = h.bufAlloc, h.fwdCnt, false }
+// knows c. A guest that tells of no room, because it is asked, tells by itself when it
+// has some: asked anew it would go on telling of none.
+func (c *Conn) credit(h *header) {
+	c.peerAlloc, c.peerTaken = h.bufAlloc, h.fwdCnt
+	if c.room() > 0 {
+		c.asked = false
+	}
+}
 
 // verdict is what becomes of a connection after a packet.
 type verdict int

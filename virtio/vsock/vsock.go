@@ -232,15 +232,31 @@ func (d *Device) wake(c *Conn) {
 	d.readyLocked(c)
 }
 
+// readyLocked has the worker woken unless it has been for c, which it does not rest
+// before it has looked at.
 func (d *Device) readyLocked(c *Conn) {
-	if d.conns[c.ports] != c {
-		return
+	if d.enqueueLocked(c) {
+		d.kickLocked(queueRX)
 	}
-	if !c.queued {
-		c.queued = true
-		d.ready = append(d.ready, c)
+}
+
+// enqueueLocked appends c to ready, and reports false if it is there already, or has
+// been forgotten.
+func (d *Device) enqueueLocked(c *Conn) bool {
+	if c.queued || d.conns[c.ports] != c {
+		return false
 	}
-	d.kickLocked(queueRX)
+	c.queued = true
+	d.ready = append(d.ready, c)
+	return true
+}
+
+// again lets the worker of the queue for the guest, which calls it, look at c anew
+// after the others.
+func (d *Device) again(c *Conn) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.enqueueLocked(c)
 }
 
 func (d *Device) kickLocked(queue int) {
@@ -334,7 +350,7 @@ func (d *Device) next(bufs [][]byte, room uint64) uint32 {
 		}
 		n, more := c.packet(bufs, room)
 		if more {
-			d.wake(c)
+			d.again(c)
 		}
 		if n > 0 {
 			return n
