@@ -177,6 +177,9 @@ type opened struct {
 
 func (c *opened) Read(p []byte) (int, error) { return c.r.Read(p) }
 
+// WriteTo implements io.WriterTo, as Conn may.
+func (c *opened) WriteTo(w io.Writer) (int64, error) { return c.r.WriteTo(w) }
+
 // take reports whether the guest may open the stream, which it may once.
 func (s *Session) take(o wire.Opening) bool {
 	limit := 1

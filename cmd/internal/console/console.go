@@ -110,7 +110,7 @@ func (c *Console) open(spec Spec, std Streams, leave func()) error {
 		}
 		c.closers = append(c.closers, f.Close)
 		c.file = f
-		c.Out = &writer{file: f, gate: &c.out}
+		c.Out = &writer{end: endOf(f, true), gate: &c.out}
 	case PTY:
 		return c.openPTY()
 	case Stdio:
@@ -145,18 +145,18 @@ func (c *Console) openPTY() error {
 		return err
 	}
 	c.Name = slave.Name()
-	c.In = &reader{file: master, gate: &c.in}
-	c.Out = &writer{file: master, gate: &c.out, patience: ptyPatience}
+	c.In = &reader{end: endOf(master, true), gate: &c.in}
+	c.Out = &writer{end: endOf(master, true), gate: &c.out, patience: ptyPatience}
 	return nil
 }
 
 func (c *Console) openStdio(std Streams, leave func()) error {
-	c.Out = &writer{file: c.own(std.Out, unix.O_WRONLY), gate: &c.out}
+	c.Out = &writer{end: c.own(std.Out, unix.O_WRONLY), gate: &c.out}
 	isTerminal := term.IsTerminal(int(std.In.Fd()))
 	if isTerminal && !inForeground(std.In) {
 		return nil // a job in the background must leave the terminal alone
 	}
-	in := &reader{file: c.own(std.In, unix.O_RDONLY), gate: &c.in}
+	in := &reader{end: c.own(std.In, unix.O_RDONLY), gate: &c.in}
 	if !isTerminal {
 		c.In = in
 		return nil
@@ -192,23 +192,23 @@ func (c *Console) openCommand(std Streams, terminal bool, leave func()) error {
 	if terminal {
 		return c.openStdio(std, leave)
 	}
-	c.Out = &writer{file: c.own(std.Out, unix.O_WRONLY), gate: &c.out, strict: true}
+	c.Out = &writer{end: c.own(std.Out, unix.O_WRONLY), gate: &c.out, strict: true}
 	if std.Err != nil {
-		c.Err = &writer{file: c.own(std.Err, unix.O_WRONLY), gate: &c.errs, strict: true}
+		c.Err = &writer{end: c.own(std.Err, unix.O_WRONLY), gate: &c.errs, strict: true}
 	}
 	if !term.IsTerminal(int(std.In.Fd())) || inForeground(std.In) {
-		c.In = &reader{file: c.own(std.In, unix.O_RDONLY), gate: &c.in}
+		c.In = &reader{end: c.own(std.In, unix.O_RDONLY), gate: &c.in}
 	}
 	return nil
 }
 
 // own is reopen for a console, which closes what it opened.
-func (c *Console) own(f *os.File, access int) *os.File {
+func (c *Console) own(f *os.File, access int) end {
 	again := reopen(f, access)
 	if again != f {
 		c.closers = append(c.closers, again.Close)
 	}
-	return again
+	return endOf(again, again != f)
 }
 
 // reopen returns a terminal or a pipe opened anew, so that it can be read or

@@ -373,14 +373,14 @@ func TestCompetitionForAPipe(t *testing.T) {
 	// Without poll before them, both would wait if the descriptors did.
 	in, out := c.In.(*reader), c.Out.(*writer)
 	within(t, "a read of an empty pipe", func() {
-		err = withFd(in.file, func(fd int) error { _, err := readNow(fd, make([]byte, 1)); return err })
+		err = withFd(in.file, func(fd int) error { _, err := in.read(fd, make([]byte, 1)); return err })
 	})
 	if !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("a read of an empty pipe = %v", err)
 	}
 	within(t, "a write to a full pipe", func() {
 		for err = nil; err == nil; {
-			err = withFd(out.file, func(fd int) error { _, err := writeNow(fd, make([]byte, 4096)); return err })
+			err = withFd(out.file, func(fd int) error { _, err := out.write(fd, make([]byte, 4096)); return err })
 		}
 	})
 	if !errors.Is(err, unix.EAGAIN) {
@@ -401,18 +401,62 @@ func TestCompetitionForASocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _, _ = unix.Close(fds[0]), unix.Close(fds[1]) }()
-	within(t, "a read of an empty socket", func() { _, err = readNow(fds[0], make([]byte, 1)) })
+	defer func() { _ = unix.Close(fds[1]) }()
+	e := endOf(os.NewFile(uintptr(fds[0]), "socket"), false)
+	defer e.file.Close()
+	within(t, "a read of an empty socket", func() { _, err = e.read(fds[0], make([]byte, 1)) })
 	if !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("a read of an empty socket = %v", err)
 	}
 	within(t, "a write to a full socket", func() {
 		for err = nil; err == nil; {
-			_, err = writeNow(fds[0], make([]byte, 4096))
+			_, err = e.write(fds[0], make([]byte, 4096))
 		}
 	})
 	if !errors.Is(err, unix.EAGAIN) {
 		t.Errorf("a write to a full socket = %v", err)
+	}
+}
+
+// A file that cannot block gets everything in one system call, and one that can no more
+// than it takes when it is ready.
+func TestWritesAreWhole(t *testing.T) {
+	const size = 256 << 10
+	file, err := os.Create(filepath.Join(t.TempDir(), "file"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	null, err := os.OpenFile("/dev/null", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	_, blocking := pipe(t)
+	_, shared := pipe(t)
+	own := reopen(shared, unix.O_WRONLY)
+	if own == shared {
+		t.Fatal("a pipe cannot be opened anew")
+	}
+	defer own.Close()
+	for name, tt := range map[string]struct {
+		end  end
+		want int
+	}{
+		"a regular file":          {endOf(file, false), size},
+		"/dev/null":               {endOf(null, false), size},
+		"a pipe opened anew":      {endOf(own, true), size},
+		"a pipe of somebody else": {endOf(blocking, false), writeChunk},
+	} {
+		var n int
+		err := withFd(tt.end.file, func(fd int) (err error) {
+			_, _ = unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, size) // of a pipe
+			n, err = tt.end.write(fd, make([]byte, size))
+			return err
+		})
+		if n != tt.want || err != nil {
+			t.Errorf("%s takes %d bytes at once, %v; want %d", name, n, err, tt.want)
+		}
 	}
 }
 

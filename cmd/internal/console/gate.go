@@ -84,9 +84,89 @@ func (g *gate) await(fd int, events int16, limit time.Duration) (bool, error) {
 	}
 }
 
-// reader reads a file, blocking or not, until it ends or the gate opens.
+// manner is how a file is used without waiting for it longer than a gate lets it.
+type manner int
+
+const (
+	// polite: it may block, so it is asked first whether it is ready.
+	polite manner = iota
+	// direct: it never blocks.
+	direct
+	// socket: it is a socket, which does not block if it is told so.
+	socket
+)
+
+// end is a file of the host.
+type end struct {
+	file   *os.File
+	manner manner
+}
+
+// endOf returns the end f, which blocks unless own says that its descriptor is calf's
+// and does not. A regular file never does for long, nor does /dev/null or another of
+// the devices that are only memory.
+func endOf(f *os.File, own bool) end {
+	const memoryDevices = 1 // their major number
+	var stat unix.Stat_t
+	err := withFd(f, func(fd int) error { return unix.Fstat(fd, &stat) })
+	kind := stat.Mode & unix.S_IFMT
+	switch {
+	case err == nil && kind == unix.S_IFSOCK:
+		return end{f, socket}
+	case own, err == nil && kind == unix.S_IFREG,
+		err == nil && kind == unix.S_IFCHR && unix.Major(stat.Rdev) == memoryDevices:
+		return end{f, direct}
+	}
+	return end{f, polite}
+}
+
+// read reads into p. Another reader may have been faster where the file was ready; a
+// socket is then not waited for.
+func (e end) read(fd int, p []byte) (int, error) {
+	if e.manner == socket {
+		n, _, err := unix.Recvfrom(fd, p, unix.MSG_DONTWAIT)
+		return n, err
+	}
+	return unix.Read(fd, p)
+}
+
+// writeChunk is what a pipe that is ready takes without blocking (PIPE_BUF).
+const writeChunk = 4096
+
+// write writes some of p, likewise.
+func (e end) write(fd int, p []byte) (int, error) {
+	switch e.manner {
+	case socket:
+		return unix.SendmsgN(fd, p, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	case polite:
+		p = p[:min(len(p), writeChunk)]
+	}
+	return unix.Write(fd, p)
+}
+
+// use calls f, which reads from the file or writes to it: at once where that cannot
+// block, and when the file is ready for events where it has to wait. It reports false
+// if it is not within limit, and errAborted if the gate is open.
+func (e end) use(g *gate, events int16, limit time.Duration, f func(fd int) error) (ready bool, err error) {
+	err = withFd(e.file, func(fd int) error {
+		if e.manner != polite && !g.isOpen() {
+			ready = true
+			if err := f(fd); !errors.Is(err, unix.EAGAIN) {
+				return err
+			}
+		}
+		var err error
+		if ready, err = g.await(fd, events, limit); err != nil || !ready {
+			return err
+		}
+		return f(fd)
+	})
+	return ready, err
+}
+
+// reader reads a file until it ends or the gate opens.
 type reader struct {
-	file *os.File
+	end
 	gate *gate
 	done bool // guarded by gate.use
 }
@@ -98,11 +178,8 @@ func (r *reader) Read(p []byte) (int, error) {
 	defer r.gate.use.Unlock()
 	for !r.done {
 		var n int
-		err := withFd(r.file, func(fd int) error {
-			_, err := r.gate.await(fd, unix.POLLIN, forever)
-			if err == nil {
-				n, err = readNow(fd, p)
-			}
+		_, err := r.use(r.gate, unix.POLLIN, forever, func(fd int) (err error) {
+			n, err = r.read(fd, p)
 			return err
 		})
 		switch {
@@ -118,13 +195,10 @@ func (r *reader) Read(p []byte) (int, error) {
 	return 0, io.EOF
 }
 
-// writeChunk is what a pipe that is ready takes without blocking (PIPE_BUF).
-const writeChunk = 4096
-
-// writer writes to a file, blocking or not, until the gate opens. From then on,
-// and once the file's reader is gone, it drops what it is given.
+// writer writes to a file until the gate opens. From then on, and once the file's
+// reader is gone, it drops what it is given.
 type writer struct {
-	file *os.File
+	end
 	gate *gate
 	// patience is how long a write waits until it drops the rest; 0 = for
 	// good.
@@ -140,11 +214,8 @@ func (w *writer) Write(p []byte) (int, error) {
 	defer w.gate.use.Unlock()
 	for rest := p; len(rest) > 0 && !w.gone; {
 		var n int
-		ready := true
-		err := withFd(w.file, func(fd int) (err error) {
-			if ready, err = w.gate.await(fd, unix.POLLOUT, w.limit()); err == nil && ready {
-				n, err = writeNow(fd, rest[:min(len(rest), writeChunk)])
-			}
+		ready, err := w.use(w.gate, unix.POLLOUT, w.limit(), func(fd int) (err error) {
+			n, err = w.write(fd, rest)
 			return err
 		})
 		w.behind = !ready
@@ -177,26 +248,6 @@ func (w *writer) limit() time.Duration {
 		return 0
 	}
 	return w.patience
-}
-
-// readNow reads from a descriptor that is ready. Another reader may have been
-// faster; a socket is then not waited for.
-func readNow(fd int, p []byte) (int, error) {
-	n, _, err := unix.Recvfrom(fd, p, unix.MSG_DONTWAIT)
-	if errors.Is(err, unix.ENOTSOCK) {
-		return unix.Read(fd, p)
-	}
-	return n, err
-}
-
-// writeNow writes to a descriptor that has room. Another writer may have taken
-// it; a socket is then not waited for.
-func writeNow(fd int, p []byte) (int, error) {
-	n, err := unix.SendmsgN(fd, p, nil, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-	if errors.Is(err, unix.ENOTSOCK) {
-		return unix.Write(fd, p)
-	}
-	return n, err
 }
 
 func isRetry(err error) bool { return errors.Is(err, unix.EINTR) || errors.Is(err, unix.EAGAIN) }

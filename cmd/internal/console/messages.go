@@ -27,8 +27,9 @@ const messagePatience = 500 * time.Millisecond
 // NewMessages returns Messages over f, which stays open as long as they are
 // used.
 func NewMessages(f *os.File) *Messages {
+	again := reopen(f, unix.O_WRONLY)
 	return &Messages{
-		w:          &writer{file: reopen(f, unix.O_WRONLY), gate: &gate{fd: -1}, patience: messagePatience},
+		w:          &writer{end: endOf(again, again != f), gate: &gate{fd: -1}, patience: messagePatience},
 		isTerminal: term.IsTerminal(int(f.Fd())),
 	}
 }
