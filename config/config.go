@@ -168,6 +168,27 @@ func (c *Config) Expand() []*Config {
 	return c.targets
 }
 
+// Select leaves, of the targets of c, those that flag names.
+func (c *Config) Select(flag string, names ...string) error {
+	var all []string
+	for _, t := range c.targets {
+		all = append(all, t.Target)
+	}
+	for _, name := range names {
+		switch word := nearest(name, all); {
+		case len(all) == 0:
+			return Errors{origin{}.errorf("%s %s: there are no targets to choose from", flag, name)}
+		case slices.Contains(all, name):
+		case word != "":
+			return Errors{origin{}.errorf("%s %s: there is no such target: did you mean %q? (there are: %s)", flag, name, word, list(all, "and"))}
+		default:
+			return Errors{origin{}.errorf("%s %s: there is no such target (there are: %s)", flag, name, list(all, "and"))}
+		}
+	}
+	c.targets = slices.DeleteFunc(slices.Clone(c.targets), func(t *Config) bool { return !slices.Contains(names, t.Target) })
+	return nil
+}
+
 // Effective returns a copy of c with every default filled in, and in every path of
 // the host the name of the target for "{target}": what a run of c means.
 func (c *Config) Effective() *Config {
@@ -200,14 +221,23 @@ func (c *Config) Effective() *Config {
 // targetMark stands for the name of the target in paths.
 const targetMark = "{target}"
 
+// Own returns a path with the name of the target for "{target}", if c is the
+// configuration of one.
+func (c *Config) Own(path string) string {
+	if c.Target == "" {
+		return path
+	}
+	return strings.ReplaceAll(path, targetMark, c.Target)
+}
+
 // fillTarget puts the name of the target into the paths of c, if c is that of one.
 func (c *Config) fillTarget() {
-	fill := func(v reflect.Value) { v.SetString(strings.ReplaceAll(v.String(), targetMark, c.Target)) }
+	fill := func(v reflect.Value) { v.SetString(c.Own(v.String())) }
 	for _, t := range c.tables() {
 		for _, f := range fieldsOf(t.value.Type(), t.name) {
 			v := t.value.Field(f.index)
 			switch {
-			case c.Target == "" || !f.rule.path:
+			case !f.rule.path:
 			case v.Kind() == reflect.Slice:
 				for i := range v.Len() {
 					fill(v.Index(i))

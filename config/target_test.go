@@ -233,6 +233,38 @@ func TestValidateChecksTargets(t *testing.T) {
 	}
 }
 
+// TestSelect leaves some of the targets.
+func TestSelect(t *testing.T) {
+	const text = "boot.kernel = 'k'\nvsock.path = 's'\n[[target]]\nname = '6.12'\n[[target]]\nname = '6.1'\n[[target]]\nname = 'old'\n"
+	for _, tt := range []struct {
+		names, want []string
+		says        string
+	}{
+		{[]string{"old"}, []string{"old"}, ""},
+		{[]string{"old", "6.12", "old"}, []string{"6.12", "old"}, ""},
+		{[]string{"old", "6.13"}, nil, `--target 6.13: there is no such target: did you mean "6.12"? (there are: 6.12, 6.1 and old)`},
+		{[]string{"x"}, nil, "--target x: there is no such target (there are: 6.12, 6.1 and old)"},
+	} {
+		c := parse(t, text)
+		err := c.Select("--target", tt.names...)
+		if tt.says != "" {
+			says(t, err, tt.says)
+			continue
+		}
+		var got []string
+		for _, c := range c.Expand() {
+			got = append(got, c.Target)
+		}
+		if diff := cmp.Diff(tt.want, got); diff != "" || err != nil {
+			t.Errorf("%v leaves %v, %v; want %v", tt.names, got, err, tt.want)
+		}
+		if err := c.Validate(); (err == nil) != (len(got) == 1) {
+			t.Errorf("%v: %v", tt.names, err) // only those that are left can be in each other's way
+		}
+	}
+	says(t, parse(t, "boot.kernel = 'k'\n").Select("--target", "a"), "--target a: there are no targets to choose from")
+}
+
 // TestNothingIsForNoCommand checks that what is said for a command is refused without
 // one.
 func TestNothingIsForNoCommand(t *testing.T) {
