@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/calfvm/calf/cmd/internal/launch"
+	"github.com/calfvm/calf/cmd/internal/matrix"
 )
 
 // resultFile is where the result of a run goes.
@@ -18,6 +20,43 @@ type resultFile struct {
 	path string // with symbolic links followed: a link is not to be replaced
 	// place is a device or a pipe, which no other file may take the place of.
 	place bool
+}
+
+// resultFiles are where a run is reported, as far as flags say so.
+type resultFiles struct{ json, junit *resultFile }
+
+// openResults opens the files of --json and --junit. An empty path is none.
+func openResults(json, junit string) (files resultFiles, err error) {
+	open := func(flag, path string) *resultFile {
+		if path == "" || err != nil {
+			return nil
+		}
+		file, failed := openResult(path)
+		if failed != nil {
+			err = fmt.Errorf("%s: %w", flag, failed)
+		}
+		return &file
+	}
+	files = resultFiles{open("--json", json), open("--junit", junit)}
+	if err == nil && json != "" && junit != "" && filepath.Clean(files.json.path) == filepath.Clean(files.junit.path) && !files.json.place {
+		err = fmt.Errorf("--json and --junit name the same file, %s", junit)
+	}
+	return files, err
+}
+
+// write writes result, and report under the given name.
+func (files resultFiles) write(result any, report matrix.Report, name string) error {
+	var errs []error
+	if files.json != nil {
+		errs = append(errs, files.json.write(func(w io.Writer) error { return printJSON(w, result) }))
+	}
+	if files.junit != nil {
+		errs = append(errs, files.junit.write(func(w io.Writer) error { return report.JUnit(w, name) }))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("write the result: %w", err)
+	}
+	return nil
 }
 
 // openResult finds out, before a guest has run for hours, whether its result
@@ -54,14 +93,14 @@ func tryDir(dir string) error {
 	return errors.Join(f.Close(), os.Remove(f.Name()))
 }
 
-// write writes r. A reader finds all of it or none.
-func (rf resultFile) write(r launch.Result) (err error) {
+// write has encode write the result. A reader finds all of it or none.
+func (rf resultFile) write(encode func(io.Writer) error) (err error) {
 	if rf.place {
 		f, err := os.OpenFile(rf.path, os.O_WRONLY, 0)
 		if err != nil {
 			return err
 		}
-		return errors.Join(printJSON(f, r), f.Close())
+		return errors.Join(encode(f), f.Close())
 	}
 	f, err := os.CreateTemp(filepath.Dir(rf.path), "."+filepath.Base(rf.path)+".*")
 	if err != nil {
@@ -72,7 +111,7 @@ func (rf resultFile) write(r launch.Result) (err error) {
 			err = errors.Join(err, os.Remove(f.Name()))
 		}
 	}()
-	if err := errors.Join(printJSON(f, r), f.Chmod(0o644), f.Close()); err != nil {
+	if err := errors.Join(encode(f), f.Chmod(0o644), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), rf.path)
@@ -84,23 +123,16 @@ func reportMisuse(flags *pflag.FlagSet, args []string, cause error) error {
 	lenient := pflag.NewFlagSet("", pflag.ContinueOnError)
 	lenient.ParseErrorsAllowlist.UnknownFlags = true
 	lenient.AddFlagSet(flags)
-	path := ""
+	given := map[string]string{}
 	// What is wrong is known already.
 	_ = lenient.ParseAll(args, func(f *pflag.Flag, value string) error {
-		if f.Name == "json" {
-			path = value
-		}
+		given[f.Name] = value
 		return nil
 	})
-	if path == "" {
-		return nil
-	}
-	file, err := openResult(path)
-	if err == nil {
-		err = file.write(launch.Failed(cause))
-	}
+	files, err := openResults(given["json"], given["junit"])
 	if err != nil {
-		return fmt.Errorf("--json: %w", err)
+		return err
 	}
-	return nil
+	result := launch.Failed(cause)
+	return files.write(result, matrix.Single(runCommand, result), runCommand)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -27,7 +28,7 @@ func TestResultThroughLink(t *testing.T) {
 	if _, err := os.Stat(real); !os.IsNotExist(err) {
 		t.Errorf("the older result is still there: %v", err)
 	}
-	if err := f.write(launch.Result{Outcome: "poweroff"}); err != nil {
+	if err := f.write(func(w io.Writer) error { return printJSON(w, launch.Result{Outcome: "poweroff"}) }); err != nil {
 		t.Fatal(err)
 	}
 	if target, err := os.Readlink(link); err != nil || target != real {
@@ -50,7 +51,7 @@ func TestResultOnDevice(t *testing.T) {
 			t.Fatal(err)
 		}
 		if path == os.DevNull {
-			if err := f.write(launch.Result{}); err != nil {
+			if err := f.write(func(w io.Writer) error { return printJSON(w, launch.Result{}) }); err != nil {
 				t.Error(err)
 			}
 		}

@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -12,6 +14,7 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/launch"
+	"github.com/calfvm/calf/cmd/internal/matrix"
 	"github.com/calfvm/calf/config"
 )
 
@@ -38,9 +41,15 @@ type runFlags struct {
 	noSnapshot bool
 	console    string
 	logLevel   string
+	level      slog.Level // that logLevel stands for
 	dryRun     bool
 	json       string
+	junit      string
 	noReboot   bool
+
+	// What follows is for the targets of a file.
+	jobs    int
+	targets []string
 
 	// What follows is for a command in the guest.
 	env       []string
@@ -75,15 +84,26 @@ Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
 second one ends it. SIGCONT lets disks go on that have stopped because of an
 error (on_error = "stop").
 
+A file with [[target]] tables is a matrix: each target is a run of its own, -j of
+them at once. Flags and -- COMMAND are for every one; {target} in a path of the
+host stands for the name. A target has no terminal and no standard input. What it
+says appears line by line after its name; on a terminal there is a line of status
+for each, and at the end the output of those that failed. A signal reaches all
+that run, and no further target is started.
+
 Exit codes:
   0      the guest powered off (with --no-reboot, or restarted)
   124    a timeout fired
   125    the configuration or the host is at fault; the message says how
   128+N  the run was ended by signal N (130 by Ctrl-A x)
-  255    the guest panicked or triple-faulted`,
+  255    the guest panicked or triple-faulted
+
+A matrix ends with 0 if all targets do; with 128+N if signal N came before its end;
+else with the code of the first one of the file that failed. --json has them all.`,
 		Example: `  calf run debian-12.qcow2
   calf run ci.toml
   calf run --kernel vmlinuz --memory 1G --cpus 2 debian-12.qcow2
+  calf run matrix.toml -j 4 --junit report.xml
   calf run ci.toml --disk scratch.img,format=raw,serial=scratch --timeout 10m --json result.json`,
 		ValidArgsFunction: filesNamed("toml", "qcow2"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -111,14 +131,18 @@ func (f *runFlags) define(cmd *cobra.Command) {
 	flags.StringVar(&f.logLevel, "log-level", "warn", "which messages to print: debug, info, warn or error, as `LEVEL`")
 	flags.BoolVar(&f.dryRun, "dry-run", false, "check everything that needs no KVM and print the effective configuration")
 	flags.StringVar(&f.json, "json", "", "write the result of the run to `FILE`")
+	flags.StringVar(&f.junit, "junit", "", "write the result of the run to `FILE` as JUnit's XML")
 	flags.BoolVar(&f.noReboot, "no-reboot", false, "end the run where the guest would restart")
 	flags.StringArrayVarP(&f.env, "env", "e", nil, "set a variable for the command, `NAME=VALUE`, or take NAME from here; may be repeated")
 	flags.StringArrayVar(&f.copies, "copy", nil, "copy a file or directory to the guest before the command runs, `FROM:TO`; may be repeated")
 	flags.StringArrayVar(&f.artifacts, "artifact", nil, "copy a file or directory from the guest after the command, `FROM=TO`; may be repeated")
 	flags.StringVar(&f.keep, "keep", "", "keep what is written to the first disk in a new overlay, `FILE.qcow2`, which can be booted")
+	flags.IntVarP(&f.jobs, "jobs", "j", 1, "run this `NUMBER` of targets at once")
+	flags.StringArrayVar(&f.targets, "target", nil, "run only the target `NAME`; may be repeated")
 	cmd.MarkFlagsMutuallyExclusive("snapshot", "no-snapshot")
 	cmd.MarkFlagsMutuallyExclusive("keep", "no-snapshot")
 	cmd.MarkFlagsMutuallyExclusive("dry-run", "json")
+	cmd.MarkFlagsMutuallyExclusive("dry-run", "junit")
 	complete := map[string][]string{
 		"console":   {"stdio", "file:", "pty", "none"},
 		"log-level": {"debug", "info", "warn", "error"},
@@ -137,31 +161,26 @@ func completeFlag(cmd *cobra.Command, name string, words ...string) {
 
 // run does what the command line asks for.
 func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
-	var file resultFile
-	if f.json != "" {
-		var err error
-		if file, err = openResult(f.json); err != nil {
-			return fmt.Errorf("--json: %w", err)
-		}
+	files, err := openResults(f.json, f.junit)
+	if err != nil {
+		return err
 	}
-	cfg, opts, err := f.prepare(cmd, args, p)
-	if err == nil && f.dryRun {
-		if err := launch.Check(cfg); err != nil {
-			return err
-		}
-		return printTOML(cmd, cfg)
+	guests, err := f.prepare(cmd, args, p)
+	switch {
+	case err == nil && f.dryRun:
+		return dryRun(cmd, guests)
+	case err == nil && guests[0].cfg.Target != "":
+		return f.runMatrix(runName(args), guests, files, p)
 	}
 	var result launch.Result
 	if err != nil {
 		result = launch.Failed(err)
 	} else {
-		result = launch.Run(cfg, opts)
+		result = launch.Run(guests[0].cfg, guests[0].opts)
 	}
-	if f.json != "" {
-		if err := file.write(result); err != nil {
-			complain(p.streams.Messages, result.Message)
-			return fmt.Errorf("write the result: %w", err)
-		}
+	if err := files.write(result, matrix.Single(runName(args), result), runName(args)); err != nil {
+		complain(p.streams.Messages, result.Message)
+		return err
 	}
 	if result.ExitCode == 0 && result.Message == "" {
 		return nil
@@ -169,33 +188,80 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 	return exitError{result.ExitCode, result.Message}
 }
 
-// prepare turns the command line into a valid configuration and options.
-func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) (*config.Config, launch.Options, error) {
-	opts := launch.Options{NoReboot: f.noReboot, Keep: f.keep, Streams: p.streams, Started: p.started, AllowEmulation: p.allowEmulation}
+// runName is what the run with the given arguments is called in reports.
+func runName(args []string) string {
+	if len(args) == 0 || strings.HasPrefix(args[0], ":") {
+		return "calf run"
+	}
+	return filepath.Base(args[0])
+}
+
+// guestRun is a guest to be run.
+type guestRun struct {
+	cfg  *config.Config
+	opts launch.Options
+}
+
+// dryRun reports what is wrong with guests that can be found without KVM, or prints
+// what they are.
+func dryRun(cmd *cobra.Command, guests []guestRun) error {
+	for _, g := range guests {
+		if err := launch.Check(g.cfg); err != nil {
+			return ofTarget(g.cfg, err)
+		}
+	}
+	for _, g := range guests {
+		if err := printTOML(cmd, g.cfg); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// prepare turns the command line into guests with valid configurations and options: one
+// for each target of the file, or one.
+func (f *runFlags) prepare(cmd *cobra.Command, args []string, p program) ([]guestRun, error) {
 	var command []string
 	if dash := cmd.ArgsLenAtDash(); dash >= 0 {
 		args, command = args[:dash], args[dash:]
 	}
-	var err error
-	if opts.Console, err = console.ParseSpec(f.console); err != nil {
-		return nil, opts, fmt.Errorf("--console: %w", err)
-	}
-	var level slog.Level
 	switch f.logLevel {
 	case "debug", "info", "warn", "error":
-		err = level.UnmarshalText([]byte(f.logLevel))
+		if err := f.level.UnmarshalText([]byte(f.logLevel)); err != nil {
+			return nil, err
+		}
 	default:
-		err = fmt.Errorf("--log-level must be debug, info, warn or error, not %q", f.logLevel)
+		return nil, fmt.Errorf("--log-level must be debug, info, warn or error, not %q", f.logLevel)
 	}
+	if f.jobs < 1 {
+		return nil, fmt.Errorf("--jobs must be 1 or more, not %d", f.jobs)
+	}
+	spec, err := console.ParseSpec(f.console)
 	if err != nil {
-		return nil, opts, err
+		return nil, fmt.Errorf("--console: %w", err)
 	}
-	opts.Logger = slog.New(slog.NewTextHandler(p.streams.Messages, &slog.HandlerOptions{Level: level}))
 	cfg, err := f.configure(cmd.Flags(), args, command)
-	if err == nil {
-		err = f.settle(cmd.Flags(), cfg, &opts)
+	if err != nil {
+		return nil, err
 	}
-	return cfg, opts, err
+	var guests []guestRun
+	for _, c := range cfg.Expand() {
+		opts := launch.Options{
+			Console: spec, NoReboot: f.noReboot, Keep: c.Own(f.keep), Streams: p.streams, Started: p.started, AllowEmulation: p.allowEmulation,
+			Logger: f.logger(p.streams.Messages),
+		}
+		opts.Console.Path = c.Own(opts.Console.Path)
+		if err := f.settle(cmd.Flags(), c, &opts); err != nil {
+			return nil, ofTarget(c, err)
+		}
+		guests = append(guests, guestRun{c, opts})
+	}
+	return guests, checkShared(guests)
+}
+
+// logger returns what logs to w.
+func (f *runFlags) logger(w io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(w, &slog.HandlerOptions{Level: f.level}))
 }
 
 // configure reads the file, if there is one, and applies the flags.
@@ -212,18 +278,33 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*con
 	if err != nil {
 		return nil, err
 	}
-	if len(command) > 0 {
-		cfg.Run.Command = command
+	if len(f.targets) > 0 {
+		if err := cfg.Select("--target", f.targets...); err != nil {
+			return nil, err
+		}
 	}
-	if err := setEnv(cfg, f.env); err != nil {
-		return nil, err
+	for _, c := range cfg.Expand() {
+		if len(command) > 0 {
+			c.Run.Command = slices.Clone(command)
+		}
+		if err := setEnv(c, f.env); err != nil {
+			return nil, err
+		}
+		for _, t := range copies {
+			c.AddCopy("--copy", t.From, t.To)
+		}
+		for _, t := range artifacts {
+			c.AddArtifact("--artifact", t.From, t.To)
+		}
+		if err := f.override(flags, c, base); err != nil {
+			return nil, err
+		}
 	}
-	for _, t := range copies {
-		cfg.AddCopy("--copy", t.From, t.To)
-	}
-	for _, t := range artifacts {
-		cfg.AddArtifact("--artifact", t.From, t.To)
-	}
+	return cfg, cfg.Validate()
+}
+
+// override applies the flags that change what the file says.
+func (f *runFlags) override(flags *pflag.FlagSet, cfg *config.Config, base config.Disk) error {
 	var errs config.Errors
 	collect := func(err error) {
 		if more, ok := errors.AsType[config.Errors](err); ok {
@@ -245,9 +326,9 @@ func (f *runFlags) configure(flags *pflag.FlagSet, args, command []string) (*con
 		cfg.SetSnapshot("--no-snapshot", false)
 	}
 	if len(errs) > 0 {
-		return nil, errs
+		return errs
 	}
-	return cfg, cfg.Validate()
+	return nil
 }
 
 // begin returns what the argument stands for, and what a disk of a flag starts
@@ -263,9 +344,6 @@ func begin(args []string) (*config.Config, config.Disk, error) {
 	switch path := args[0]; strings.ToLower(filepath.Ext(path)) {
 	case ".toml":
 		cfg, err := config.Load(path)
-		if err == nil && cfg.Expand()[0].Target != "" {
-			err = fmt.Errorf("%s has targets, which this version of calf checks but does not run", path)
-		}
 		return cfg, base, err
 	case ".qcow2":
 		base.Snapshot = true
