@@ -94,8 +94,13 @@ func TestCommandStreams(t *testing.T) {
 		t.Fatal(err)
 	}
 	in := noise(1)
-	args := append(append([]string{}, base...),
-		"--copy", src+":/src", "--artifact", ":/src="+out, "--artifact", "/etc/passwd="+dir+"/new/", "--artifact", "/no/such/file",
+	file := filepath.Join(dir, "files.toml")
+	const text = "copy = [{ from = './src dir/', to = '/src' }]\nartifact = [{ from = '/src', to = 'out' }, { from = '/src/a', to = 'file/' }]\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := append(append([]string{}, base...), file,
+		"--copy", file+":/src/deep/", "--artifact", "/etc/passwd="+dir+"/new/", "--artifact", "/no/such/file",
 		"--", "sh", "-c", "/src/link/run.sh; cat; echo done >&2; exit 3")
 	cmd := exec.Command(lab.Calf(), args...)
 	cmd.Dir = dir
@@ -116,7 +121,7 @@ func TestCommandStreams(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(out, "a")); err != nil || string(b) != "1ran\n" {
 		t.Errorf("the artifact has %q, %v", b, err)
 	}
-	for _, name := range []string{"deep/ü \n x", "link/run.sh"} {
+	for _, name := range []string{"deep/ü \n x", "link/run.sh", "deep/files.toml", "../file/a"} {
 		if _, err := os.Stat(filepath.Join(out, name)); err != nil {
 			t.Error(err)
 		}
