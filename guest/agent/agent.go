@@ -12,6 +12,7 @@ package agent
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,9 @@ const Port = wire.Port
 // ErrNoStatus means that the guest has ended, or has broken the connection, before
 // it said how the command ended.
 var ErrNoStatus = errors.New("the guest ended without a status of the command")
+
+// errArtifact stands for what Result.Lost says of an artifact.
+var errArtifact = errors.New("an artifact could not be written")
 
 // Conn is a connection that the guest has opened.
 type Conn interface {
@@ -89,8 +93,8 @@ type Result struct {
 	Uncopied string
 	// Lost are artifacts that could not be had, and why.
 	Lost []string
-	// Unwritten is why output of the command could not be written here, nil if it
-	// was, or if only its reader has left.
+	// Unwritten is why output of the command, or an artifact, could not be written
+	// here, nil if all was, or if only the reader of the output has left.
 	Unwritten error
 	// Kernel is the release of the guest's kernel.
 	Kernel string
@@ -111,10 +115,10 @@ type Session struct {
 	taken    map[wire.Opening]bool // guarded by mu
 	conn     Conn                  // guarded by mu; of control messages, nil before they can be sent
 	size     *Size                 // guarded by mu; that the guest has not been told
-	lost     map[int]string        // guarded by mu; why, by the index of an artifact
 	uncopied string                // guarded by mu
 
-	artifacts chan struct{} // receives one for each artifact that has come or failed
+	artifacts []*artifact
+	came      chan struct{} // receives one for each artifact that has come or failed
 }
 
 // stream is a stream from the guest; done is closed at its end.
@@ -124,14 +128,39 @@ type stream struct {
 	err  error // of to; valid after done
 }
 
-// NewSession returns the run of a command.
+// artifact is a file or tree that comes from the guest.
+type artifact struct {
+	Transfer
+	place *archive.Place // nil if there is none; closed by who takes the stream
+	// Why it is lost, which is empty if it is not: what is wrong here, as the guest
+	// says, and that it ended early, for which the guest has a reason. Guarded by
+	// Session.mu.
+	here, told, cut string
+}
+
+// NewSession returns the run of a command. Where its artifacts go is found out now,
+// before a guest can have a part in it.
 func NewSession(c Command, s Streams) *Session {
-	return &Session{
+	session := &Session{
 		command: c, streams: s,
 		out: &stream{to: s.Out, done: make(chan struct{})}, err: &stream{to: s.Err, done: make(chan struct{})},
 		control: make(chan Conn, 1), up: make(chan struct{}), started: make(chan struct{}), over: make(chan struct{}),
-		taken: map[wire.Opening]bool{}, lost: map[int]string{}, artifacts: make(chan struct{}, len(c.Artifacts)),
+		taken: map[wire.Opening]bool{}, came: make(chan struct{}, len(c.Artifacts)),
 	}
+	for _, t := range c.Artifacts {
+		place, err := archive.Find(t.To)
+		a := &artifact{Transfer: t, place: place}
+		if err != nil {
+			a.here = t.lost(err)
+		}
+		session.artifacts = append(session.artifacts, a)
+	}
+	return session
+}
+
+// lost says why t, an artifact, cannot be had.
+func (t Transfer) lost(err error) string {
+	return fmt.Sprintf("artifact %s to %s: %v", t.From, t.To, err)
 }
 
 // Up is closed when the guest is ready to be told what to run.
@@ -258,14 +287,35 @@ func (w *toGuest) Write(p []byte) (int, error) {
 
 // unpack takes files of the guest.
 func (s *Session) unpack(c Conn, i int) {
-	defer func() { s.artifacts <- struct{}{} }()
-	t := s.command.Artifacts[i]
-	err := archive.Unpack(c, t.To, archive.Options{})
+	defer func() { s.came <- struct{}{} }()
+	a := s.artifacts[i]
+	if a.place == nil {
+		return
+	}
+	r := &fromGuest{Reader: c}
+	err := errors.Join(a.place.Unpack(r, archive.Options{}), a.place.Close())
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err != nil && s.lost[i] == "" { // the guest knows better
-		s.lost[i] = fmt.Sprintf("artifact %s to %s: %v", t.From, t.To, err)
+	switch {
+	case err == nil:
+	case r.ended:
+		a.cut = a.lost(err)
+	default:
+		a.here = a.lost(err)
 	}
+}
+
+// fromGuest knows whether the guest sends no more.
+type fromGuest struct {
+	io.Reader
+	ended bool
+}
+
+// Read implements io.Reader.
+func (r *fromGuest) Read(p []byte) (int, error) {
+	n, err := r.Reader.Read(p)
+	r.ended = r.ended || err != nil
+	return n, err
 }
 
 // Run waits for the guest, has it run the command, and returns how that ended, with
@@ -273,6 +323,7 @@ func (s *Session) unpack(c Conn, i int) {
 // done when the guest has ended. It is called once.
 func (s *Session) Run(ctx context.Context) (*Result, error) {
 	defer close(s.over)
+	defer s.closePlaces()
 	var c Conn
 	select {
 	case c = <-s.control:
@@ -292,6 +343,15 @@ func (s *Session) Run(ctx context.Context) (*Result, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// closePlaces closes the places of artifacts that have not come, and will not.
+func (s *Session) closePlaces() {
+	for i, a := range s.artifacts {
+		if a.place != nil && s.take(wire.Opening{Stream: wire.Artifact, Index: i}) {
+			_ = a.place.Close() // nothing was done with it
+		}
+	}
 }
 
 // talk is the exchange of messages. artifacts is how many are to come.
@@ -322,7 +382,7 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 				return nil, 0, fmt.Errorf("there is no artifact %d", i)
 			}
 			s.mu.Lock()
-			s.lost[m.Problem.Index] = printable(m.Problem.Text)
+			s.artifacts[m.Problem.Index].told = printable(m.Problem.Text)
 			s.mu.Unlock()
 		case m.Problem != nil:
 			result.Problem = printable(m.Problem.Text)
@@ -382,7 +442,7 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 		waits = append(waits, st.done)
 	}
 	for range artifacts {
-		waits = append(waits, s.artifacts)
+		waits = append(waits, s.came)
 	}
 	for _, w := range waits {
 		select {
@@ -399,8 +459,11 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.Uncopied = s.uncopied
-	for i := range s.command.Artifacts {
-		if why := s.lost[i]; why != "" {
+	for _, a := range s.artifacts {
+		if a.here != "" {
+			r.Unwritten = errors.Join(r.Unwritten, errArtifact)
+		}
+		if why := cmp.Or(a.here, a.told, a.cut); why != "" {
 			r.Lost = append(r.Lost, why)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/calfvm/calf/guest/agent/internal/archive"
 	"github.com/calfvm/calf/guest/agent/internal/wire"
 )
 
@@ -40,6 +41,15 @@ func (c Command) Check() error {
 	for _, t := range c.Copies {
 		if err := t.check(); err != nil {
 			return fmt.Errorf("copy: %w", err)
+		}
+	}
+	for _, t := range c.Artifacts {
+		place, err := archive.Find(t.To)
+		if err == nil {
+			err = place.Close()
+		}
+		if err != nil {
+			return errors.New(t.lost(err))
 		}
 	}
 	return nil

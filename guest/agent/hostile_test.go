@@ -207,7 +207,7 @@ func FuzzServe(f *testing.F) {
 		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Millisecond)
 		defer cancel()
 		var serving sync.WaitGroup
-		for _, b := range bytes.Split(said, []byte(apart)) {
+		for b := range bytes.SplitSeq(said, []byte(apart)) {
 			serving.Go(func() {
 				s.Serve(&recording{Reader: bytes.NewReader(b), closed: make(chan struct{})})
 			})
@@ -260,5 +260,37 @@ func TestEndsLate(t *testing.T) {
 				t.Errorf("%+v, %v", r, err)
 			}
 		})
+	}
+}
+
+// TestWhoKnows loses artifacts here and in the guest: the reason is told by who knows
+// it.
+func TestWhoKnows(t *testing.T) {
+	dir := t.TempDir()
+	c := Command{Args: []string{"x"}, Artifacts: []Transfer{{"/a", filepath.Join(dir, "new", "a")}, {"/b", filepath.Join(dir, "b")}, {"/c", filepath.Join(dir, "c")}}}
+	_, _, r, err := run(t, c, "", func(g *fakeGuest) {
+		if err := os.WriteFile(filepath.Join(dir, "new"), nil, 0o600); err != nil { // where a directory is to be
+			t.Error(err)
+		}
+		control, _, _ := g.begin()
+		for i, what := range []string{"agent.go", "/no/such/file", "agent.go"} {
+			conn := g.dial(wire.Artifact, i)
+			_ = archive.Pack(conn, what)
+			_ = conn.CloseWrite()
+			_, _ = conn.Read(make([]byte, 1)) // until the host has it
+			if i < 2 {
+				g.say(control, wire.ToHost{Problem: &wire.Problem{Kind: wire.ArtifactLost, Text: "the guest's reason", Index: i}})
+			}
+		}
+		g.say(control, wire.ToHost{Exit: &wire.Exit{Artifacts: 3}})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Lost) != 2 || !strings.Contains(r.Lost[0], "is no directory") || r.Lost[1] != "the guest's reason" || !errors.Is(r.Unwritten, errArtifact) {
+		t.Errorf("%q, %v", r.Lost, r.Unwritten)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "c")); err != nil {
+		t.Error(err)
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -37,12 +36,14 @@ func Pack(w io.Writer, name string) error {
 	if info.IsDir() {
 		err = packTree(t, name)
 	} else {
-		err = packFile(t, name, filepath.Base(name), info)
+		err = packFile(t, name, filepath.Base(name))
 	}
-	if err = errors.Join(err, t.Close()); err != nil {
-		return err
+	if err == nil { // else it stays without its end
+		err = t.Close()
 	}
-	_, err = io.WriteString(w, end)
+	if err == nil {
+		_, err = io.WriteString(w, end)
+	}
 	return err
 }
 
@@ -61,41 +62,51 @@ func packTree(t *tar.Writer, name string) error {
 		return err
 	}
 	defer func() { _ = root.Close() }() // it was read only
-	return fs.WalkDir(root.FS(), ".", func(at string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	return fs.WalkDir(root.FS(), ".", func(at string, _ fs.DirEntry, err error) error {
+		if err == nil {
+			err = packEntry(t, root, at)
 		}
-		info, err := root.Lstat(at)
-		if err != nil {
-			return err
+		if p, ok := errors.AsType[*fs.PathError](err); ok && !filepath.IsAbs(p.Path) {
+			err = &fs.PathError{Op: p.Op, Path: filepath.Join(name, at), Err: p.Err}
 		}
-		switch info.Mode().Type() {
-		case fs.ModeDir:
-			return packHeader(t, at, "", info)
-		case fs.ModeSymlink:
-			link, err := root.Readlink(at)
-			if err != nil {
-				return err
-			}
-			return packHeader(t, at, link, info)
-		case 0:
-			f, err := root.Open(at)
-			if err != nil {
-				return err
-			}
-			defer func() { _ = f.Close() }()
-			return packOpen(t, f, at)
-		}
-		return nil
+		return err
 	})
 }
 
-// packFile packs a single file, which may be reached by links.
-func packFile(t *tar.Writer, name, as string, info fs.FileInfo) error {
-	if !info.Mode().IsRegular() {
-		return fmt.Errorf("%s is neither a file nor a directory", name)
+// packEntry packs what is at a path of a tree, which may be something else by now
+// than a moment ago.
+func packEntry(t *tar.Writer, root *os.Root, at string) error {
+	info, err := root.Lstat(at)
+	if err != nil {
+		return err
 	}
-	f, err := os.Open(name)
+	switch info.Mode().Type() {
+	case fs.ModeDir:
+		return packHeader(t, at, "", info)
+	case fs.ModeSymlink:
+		link, err := root.Readlink(at)
+		if err != nil {
+			return err
+		}
+		return packHeader(t, at, link, info)
+	case 0:
+		f, err := root.OpenFile(at, readFile, 0)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = f.Close() }() // it was read only
+		return packOpen(t, f, at)
+	}
+	return nil
+}
+
+// readFile opens a file for reading. Something else, a FIFO above all, keeps nobody
+// waiting.
+const readFile = os.O_RDONLY | unix.O_NONBLOCK
+
+// packFile packs a single file, which may be reached by links.
+func packFile(t *tar.Writer, name, as string) error {
+	f, err := os.OpenFile(name, readFile, 0)
 	if err != nil {
 		return err
 	}
@@ -120,6 +131,9 @@ func packOpen(t *tar.Writer, f *os.File, as string) error {
 	if err != nil {
 		return err
 	}
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is neither a file nor a directory", f.Name())
+	}
 	if err := packHeader(t, as, "", info); err != nil {
 		return err
 	}
@@ -137,22 +151,29 @@ type Options struct {
 	Owners bool
 }
 
-// Unpack unpacks the archive that r has at dest. A tree becomes the directory dest,
-// which is made or added to; a file becomes the file dest, or goes by its name into
-// dest if that is a directory or ends in a slash. Directories above are made.
+// Unpack unpacks the archive that r has at dest: see Find, and Place.Unpack.
 func Unpack(r io.Reader, dest string, o Options) error {
+	p, err := Find(dest)
+	if err != nil {
+		return err
+	}
+	return errors.Join(p.Unpack(r, o), p.Close())
+}
+
+// Unpack unpacks the archive that r has. A tree becomes the directory at the place,
+// which is made or added to; a file becomes the file there, or goes by its name into
+// what is a directory, or ends in a slash. Directories above are made. A file has its
+// name only when it is whole, and replaces another one then.
+func (p *Place) Unpack(r io.Reader, o Options) error {
 	t := tar.NewReader(r)
 	first, err := t.Next()
 	if err != nil {
 		return fmt.Errorf("the archive is empty or broken: %w", err)
 	}
 	if first.Typeflag == tar.TypeReg {
-		return unpackFile(r, t, first, dest, o)
+		return p.unpackFile(r, t, first, o)
 	}
-	if err := os.MkdirAll(dest, 0o755); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(dest)
+	root, err := p.open(p.rest)
 	if err != nil {
 		return err
 	}
@@ -163,72 +184,72 @@ func Unpack(r io.Reader, dest string, o Options) error {
 		}
 	}
 	if errors.Is(err, io.EOF) {
-		err = errors.Join(readEnd(r), u.finish())
+		err = readEnd(r)
+	}
+	if err = errors.Join(err, u.leave("")); err != nil {
+		err = fmt.Errorf("%w; only a part of it is in %s", err, p.dest)
 	}
 	return errors.Join(err, root.Close())
 }
 
 // unpackFile unpacks the only file of an archive.
-func unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, dest string, o Options) (err error) {
-	if info, err := os.Stat(dest); strings.HasSuffix(dest, "/") || err == nil && info.IsDir() {
-		dest = filepath.Join(dest, path.Base(h.Name))
+func (p *Place) unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, o Options) (err error) {
+	dir, name := path.Split(p.rest)
+	if there, err := p.root.Lstat(p.rest); p.into || err == nil && there.IsDir() {
+		dir, name = p.rest, path.Base(h.Name)
 	}
-	dir := filepath.Dir(dest)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(dir)
+	root, err := p.open(path.Clean(dir))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
-	h.Name = filepath.Base(dest)
+	h.Name = name
 	u := &unpacking{root: root, Options: o}
-	if err := u.entry(t, h); err != nil {
-		return err
-	}
-	if _, err := t.Next(); !errors.Is(err, io.EOF) {
-		return errors.Join(errors.New("the archive of a file has more than that, or was cut off"), err)
-	}
-	return readEnd(r)
+	return u.put(t, h, func() error {
+		if _, err := t.Next(); !errors.Is(err, io.EOF) {
+			return errors.Join(errors.New("the archive of a file has more than that, or was cut off"), err)
+		}
+		return readEnd(r)
+	})
 }
 
-// unpacking is an Unpack of a tree.
+// unpacking is an Unpack.
 type unpacking struct {
 	Options
 	root *os.Root
-	dirs []*tar.Header // which get their modes and times when all is in them
+	dirs []directory // that entries may still lie in, each in the one before it
 }
+
+// directory is one that gets what is its own when all is in it.
+type directory struct {
+	name     string
+	mode     fs.FileMode
+	modified time.Time
+	uid, gid int
+}
+
+// maxName bounds the name of an entry, as Linux bounds paths.
+const maxName = 4096
 
 // entry unpacks the entry h.
 func (u *unpacking) entry(t *tar.Reader, h *tar.Header) error {
 	name := path.Clean(h.Name)
-	if !fs.ValidPath(name) {
-		return fmt.Errorf("the archive has a file %q, which does not lie in it", h.Name)
+	if !fs.ValidPath(name) || len(name) > maxName {
+		return fmt.Errorf("the archive has a file %.200q, which does not lie in it", h.Name)
 	}
 	h.Name = name
-	if name != "." && h.Typeflag != tar.TypeDir {
-		// What has the name now makes way, and is not written through.
-		if err := u.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	if err := u.leave(name); err != nil {
+		return err
 	}
 	switch h.Typeflag {
 	case tar.TypeDir:
-		u.dirs = append(u.dirs, h)
-		if name == "." {
-			return nil
-		}
-		if err := u.root.Mkdir(name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return u.enter(h)
+	case tar.TypeReg:
+		return u.put(t, h, func() error { return nil })
+	case tar.TypeSymlink:
+		if err := u.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
-		if info, err := u.root.Lstat(name); err != nil || !info.IsDir() {
-			return errors.Join(err, fmt.Errorf("%s is there, and is no directory", name))
-		}
-		return nil
-	case tar.TypeReg:
-		return u.file(t, h)
-	case tar.TypeSymlink:
 		if err := u.root.Symlink(h.Linkname, name); err != nil || !u.Owners {
 			return err
 		}
@@ -237,40 +258,83 @@ func (u *unpacking) entry(t *tar.Reader, h *tar.Header) error {
 	return nil // nothing else is packed
 }
 
-func (u *unpacking) file(t *tar.Reader, h *tar.Header) error {
-	f, err := u.root.OpenFile(h.Name, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return err
+// enter makes a directory, or adds to one that is there.
+func (u *unpacking) enter(h *tar.Header) error {
+	if h.Name != "." {
+		if err := u.root.Mkdir(h.Name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
 	}
-	_, err = io.Copy(f, t)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
+	if info, err := u.root.Lstat(h.Name); err != nil || !info.IsDir() {
+		return errors.Join(err, fmt.Errorf("%s is there, and is no directory", filepath.Join(u.root.Name(), h.Name)))
 	}
-	return u.attributes(h)
+	u.dirs = append(u.dirs, directory{h.Name, u.mode(h), h.ModTime, h.Uid, h.Gid})
+	return nil
 }
 
-// finish gives directories what is theirs, the innermost first.
-func (u *unpacking) finish() error {
-	for _, h := range slices.Backward(u.dirs) {
-		if err := u.attributes(h); err != nil {
+// leave gives those directories what is theirs that name, the next one, does not lie
+// in; an empty name lies in none.
+func (u *unpacking) leave(name string) error {
+	for len(u.dirs) > 0 {
+		last := u.dirs[len(u.dirs)-1]
+		if name != "" && name != last.name && (last.name == "." || strings.HasPrefix(name, last.name+"/")) {
+			break
+		}
+		u.dirs = u.dirs[:len(u.dirs)-1]
+		if u.Owners {
+			if err := u.root.Lchown(last.name, last.uid, last.gid); err != nil {
+				return err
+			}
+		}
+		err := errors.Join(u.root.Chmod(last.name, last.mode), u.root.Chtimes(last.name, time.Time{}, last.modified))
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// attributes gives a file or directory its owner, mode and time.
-func (u *unpacking) attributes(h *tar.Header) error {
-	mode := h.FileInfo().Mode()
+// mode is the mode that the file or directory h gets.
+func (u *unpacking) mode(h *tar.Header) fs.FileMode {
+	keep := fs.ModePerm
 	if u.Owners {
-		if err := u.root.Lchown(h.Name, h.Uid, h.Gid); err != nil {
+		keep |= fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
+	}
+	return h.FileInfo().Mode() & keep
+}
+
+// put makes the file h, of what t has, if check agrees at the end.
+func (u *unpacking) put(t *tar.Reader, h *tar.Header, check func() error) (err error) {
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") { // which may have no end, and needs no data
+			return fmt.Errorf("%.200q is sparse, which no file is that is packed", h.Name)
+		}
+	}
+	if there, err := u.root.Lstat(h.Name); err == nil && there.IsDir() {
+		if err := u.root.Remove(h.Name); err != nil {
 			return err
 		}
-	} else {
-		mode = mode.Perm()
 	}
-	if err := u.root.Chmod(h.Name, mode&(fs.ModePerm|fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky)); err != nil {
+	dir, err := u.root.Open(path.Dir(h.Name))
+	if err != nil {
 		return err
 	}
-	return u.root.Chtimes(h.Name, time.Time{}, h.ModTime)
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	f, err := create(dir, path.Base(h.Name))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if _, err := io.Copy(f, t); err != nil {
+		return err
+	}
+	if u.Owners {
+		if err := f.Chown(h.Uid, h.Gid); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(f.Chmod(u.mode(h)), f.setModified(h.ModTime), check()); err != nil {
+		return err
+	}
+	return f.finish()
 }
