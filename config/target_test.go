@@ -39,6 +39,11 @@ func TestTargetsMeanWhatTheyMergeTo(t *testing.T) {
 		if diff := cmp.Diff(want, c.Expand(), ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
 			t.Fatalf("seed %d: targets (-want +got):\n%s\n%s", seed, diff, text)
 		}
+		for i, run := range effective(c) {
+			if diff := cmp.Diff(want[i].Effective(), run, ignoreOrigins, cmpopts.EquateEmpty()); diff != "" {
+				t.Fatalf("seed %d: effective (-want +got):\n%s\n%s", seed, diff, text)
+			}
+		}
 		shown, err := c.TOML()
 		if err != nil {
 			t.Fatal(err)

@@ -154,7 +154,12 @@ func (c *Config) checkCommand() Errors {
 		return nil
 	}
 	var errs Errors
+	taken, isTaken := c.origins["run.command"] // by an empty array, which may be that of a target
 	fail := func(o origin, name string) {
+		if isTaken && o.flag == "" {
+			errs = append(errs, taken.errorf("run.command is empty, but %s is for a command in the guest: remove it, or name a command", name))
+			return
+		}
 		errs = append(errs, o.errorf("%v", NeedsCommand(orDefault(o.flag, name))))
 	}
 	for _, t := range c.tables() {

@@ -70,7 +70,8 @@ func newConfigShow() *cobra.Command {
 		Use:   "show FILE",
 		Short: "Print the effective configuration",
 		Long: `Print the configuration of a file with every default filled in and every path made
-absolute, as a file that means the same.`,
+absolute, as a file that means the same. A target is printed with all that it
+has from the rest of the file.`,
 		Example:           "  calf config show ci.toml > effective.toml",
 		Args:              cobra.ExactArgs(1),
 		ValidArgsFunction: filesNamed("toml"),

@@ -38,6 +38,21 @@ format = "raw"
 readonly = true
 `
 
+const goodTargets = `
+[run]
+command = ["true"]
+[[artifact]]
+from = "/report"
+to = "{target}/"
+[[target]]
+name = "a"
+vm.cpus = 4
+[[target]]
+name = "b"
+run.env.X = "1"
+disk = []
+`
+
 func TestConfigCheck(t *testing.T) {
 	good := write(t, "good.toml", goodConfig)
 	if out := mustCalf(t, "config", "check", good); out != "" {
@@ -61,6 +76,12 @@ func TestConfigCheck(t *testing.T) {
 	if out := mustCalf(t, "config", "check", "--json", good); out != "{\n  \"valid\": true,\n  \"errors\": []\n}\n" {
 		t.Errorf("check --json of a good file prints %q", out)
 	}
+	bad = write(t, "targets.toml", "[run]\nuser = \"u\"\n[vm]\ncpus = 0\n[[target]]\nname = \"a\"\n[[target]]\nname = \"a\"\n")
+	code, stdout, stderr = calf(t, "config", "check", bad)
+	refused(t, 2, code, stdout, stderr, bad+":4:8: vm.cpus", bad+":8:8: target.name")
+	bad = write(t, "targets.toml", "boot.kernel = \"k\"\n"+goodTargets+"[run.env]\nA = \"1\"\n[[copy]]\nfrom = \"a\"\nto = \"/a\"\n[[target]]\nname = \"c\"\nrun.command = []\nartifact = []\n")
+	code, stdout, stderr = calf(t, "config", "check", bad)
+	refused(t, 2, code, stdout, stderr, bad+":22:15: run.command is empty, but copy is", bad+":22:15: run.command is empty, but run.env is")
 	code, stdout, stderr = calf(t, "config", "check", "no/such/file.toml")
 	refused(t, 1, code, stdout, stderr, "no/such/file.toml", "no such file")
 	code, stdout, stderr = calf(t, "config", "check")
@@ -68,21 +89,23 @@ func TestConfigCheck(t *testing.T) {
 }
 
 func TestConfigShowReadsBackToTheSame(t *testing.T) {
-	path := write(t, "good.toml", goodConfig)
-	want, err := config.Load(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	shown := mustCalf(t, "config", "show", path)
-	got, err := config.Parse("show.toml", "/elsewhere", []byte(shown))
-	if err != nil {
-		t.Fatalf("%v\n%s", err, shown)
-	}
-	if diff := cmp.Diff(want.Effective(), got, cmpopts.IgnoreUnexported(config.Config{})); diff != "" {
-		t.Errorf("show (-want +got):\n%s\n%s", diff, shown)
-	}
-	if again := mustCalf(t, "config", "show", write(t, "again.toml", shown)); again != shown {
-		t.Errorf("show of what was shown differs:\n%s", again)
+	for _, text := range []string{goodConfig, goodConfig + goodTargets} {
+		path := write(t, "good.toml", text)
+		want, err := config.Load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown := mustCalf(t, "config", "show", path)
+		got, err := config.Parse("show.toml", "/elsewhere", []byte(shown))
+		if err != nil {
+			t.Fatalf("%v\n%s", err, shown)
+		}
+		if diff := cmp.Diff(want.Effective().Expand(), got.Expand(), cmpopts.IgnoreUnexported(config.Config{}), cmpopts.EquateEmpty()); diff != "" {
+			t.Errorf("show (-want +got):\n%s\n%s", diff, shown)
+		}
+		if again := mustCalf(t, "config", "show", write(t, "again.toml", shown)); again != shown {
+			t.Errorf("show of what was shown differs:\n%s", again)
+		}
 	}
 }
 
@@ -91,7 +114,7 @@ func TestConfigSchemaIsJSON(t *testing.T) {
 	if err := json.Unmarshal([]byte(mustCalf(t, "config", "schema")), &schema); err != nil {
 		t.Fatal(err)
 	}
-	for _, table := range []string{"vm", "boot", "run", "vsock", "disk"} {
+	for _, table := range []string{"vm", "boot", "run", "vsock", "disk", "copy", "artifact", "target"} {
 		if schema.Properties[table] == nil {
 			t.Errorf("the schema lacks %s", table)
 		}
