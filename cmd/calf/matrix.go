@@ -5,10 +5,27 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/spf13/cobra"
+
 	"github.com/calfvm/calf/cmd/internal/launch"
 	"github.com/calfvm/calf/cmd/internal/matrix"
 	"github.com/calfvm/calf/config"
 )
+
+// completeTarget lets the shell offer the targets of the file as values of --target.
+func completeTarget(cmd *cobra.Command) {
+	complete := func(_ *cobra.Command, args []string, _ string) (names []string, _ cobra.ShellCompDirective) {
+		if cfg, _, err := begin(args); err == nil {
+			for _, c := range cfg.Expand() {
+				names = append(names, c.Target)
+			}
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	}
+	if err := cmd.RegisterFlagCompletionFunc("target", complete); err != nil {
+		panic("BUG: " + err.Error())
+	}
+}
 
 // ofTarget is err, which is about the target of cfg if it has one.
 func ofTarget(cfg *config.Config, err error) error {

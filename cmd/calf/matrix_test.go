@@ -133,6 +133,9 @@ func TestMatrixChoosesTargets(t *testing.T) {
 			t.Errorf("the console of %s has %q, %v", name, b, err)
 		}
 	}
+	if _, out, _ := calf(t, "__complete", "run", file, "--target", ""); out != "a\nb\nc\n:4\n" {
+		t.Errorf("completing a target offers %q", out)
+	}
 	// A target whose host is at fault lets the others run.
 	code, _, stderr = calf(t, "run", file)
 	if code != launch.ExitError || !strings.Contains(stderr, "calf: b: failed with 125 in ") || !strings.HasSuffix(stderr, "calf: 3 targets: 2 passed, 1 failed\n") {
@@ -257,6 +260,7 @@ func TestMatrixOnATerminal(t *testing.T) {
 	}
 	defer master.Close()
 	cmd := command("run", file, "-j2")
+	cmd.Env = append(cmd.Env, "TERM=xterm")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
 	cmd.SysProcAttr = &unix.SysProcAttr{Setsid: true, Setctty: true}
 	if err := cmd.Start(); err != nil {

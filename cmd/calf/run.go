@@ -150,6 +150,7 @@ func (f *runFlags) define(cmd *cobra.Command) {
 	for name, words := range complete {
 		completeFlag(cmd, name, words...)
 	}
+	completeTarget(cmd)
 }
 
 // completeFlag lets the shell offer words as the values of a flag.

@@ -100,9 +100,6 @@ func (t Outcome) junit() junitCase {
 		c.Error = why
 	}
 	why.Text = why.Message
-	if t.log == nil {
-		return c
-	}
 	c.Out, c.Err = junitText(t.log.of(stdout)), junitText(t.log.of(stderr, message))
 	if n := t.log.dropped; n > 0 {
 		c.Out = fmt.Sprintf("[the first %d lines of the output are left out]\n", n) + c.Out

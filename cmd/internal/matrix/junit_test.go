@@ -15,19 +15,19 @@ import (
 
 // sample is a report with a target of each kind.
 func sample() Report {
-	talk := &log{dropped: 3}
+	talk := log{dropped: 3}
 	talk.add(line{stream: stdout, text: "FAIL: <a> & \"b\"\x00\xff ]]>\r\n"})
 	talk.add(line{stream: stderr, text: "\x1b[31mred\x1b[0m\n"})
 	talk.add(line{stream: message, text: "calf: lost"})
 	outcome7 := outcome(7)
 	outcome7.Message = `artifact "x" is not there`
 	return Report{ExitCode: 7, Seconds: 4.5, Targets: []Outcome{
-		{Name: "good", Result: outcome(0), log: &log{}},
+		{Name: "good", Result: outcome(0)},
 		{Name: "bad <&>", Result: outcome7, log: talk},
-		{Name: "late", Result: launch.Result{Outcome: "timeout", ExitCode: 124, Message: "timeout: the run had not ended", Seconds: 2}, log: &log{}},
+		{Name: "late", Result: launch.Result{Outcome: "timeout", ExitCode: 124, Message: "timeout: the run had not ended", Seconds: 2}},
 		// The command ended well, and calf did not.
-		{Name: "half", Result: launch.Result{Outcome: "exited", ExitCode: 125, Message: "not everything", Command: &launch.CommandResult{}}, log: &log{}},
-		{Name: "none", Result: launch.NotStarted(2), log: &log{}},
+		{Name: "half", Result: launch.Result{Outcome: "exited", ExitCode: 125, Message: "not everything", Command: &launch.CommandResult{}}},
+		{Name: "none", Result: launch.NotStarted(2)},
 	}}
 }
 

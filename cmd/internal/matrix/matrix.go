@@ -35,7 +35,7 @@ type Slot struct {
 type Outcome struct {
 	Name string `json:"name"`
 	launch.Result
-	log *log
+	log log
 }
 
 // Report says how a matrix went.
@@ -146,11 +146,10 @@ func (m *matrix) run(t Target, row *row) launch.Result {
 
 // report says how the targets went, all of which have ended.
 func (m *matrix) report() Report {
-	var r Report
-	for _, row := range m.screen.rows {
-		r.Targets = append(r.Targets, Outcome{Name: row.name, Result: row.result, log: &row.log})
+	r := Report{Targets: m.screen.outcomes()}
+	for _, t := range r.Targets {
 		if r.ExitCode == 0 {
-			r.ExitCode = row.result.ExitCode
+			r.ExitCode = t.ExitCode
 		}
 	}
 	if last := m.signals.last; last != 0 {

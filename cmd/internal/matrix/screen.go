@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -49,7 +50,7 @@ const (
 
 // screen shows how the targets are and what they say.
 type screen struct {
-	terminal *os.File          // that shows the status; nil if standard error is none
+	terminal *os.File          // that shows the status; nil if standard error is none that can
 	quiet    bool              // what targets say is not shown as it comes
 	messages *console.Messages // for what is to be said when nothing is waited for any more
 
@@ -65,7 +66,7 @@ func newScreen(std console.Streams, to *console.Console, targets []Target) *scre
 	if s.err == nil {
 		s.err = io.Discard
 	}
-	if std.Err != nil && term.IsTerminal(int(std.Err.Fd())) {
+	if std.Err != nil && term.IsTerminal(int(std.Err.Fd())) && os.Getenv("TERM") != "dumb" {
 		s.terminal, s.quiet = std.Err, term.IsTerminal(int(std.Out.Fd()))
 		s.block = progress.NewBlock(s.err)
 	}
@@ -171,7 +172,7 @@ func (s *screen) finish() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.block != nil {
-		s.drawLocked()
+		s.noteLocked(s.block.Draw(s.statusLocked(len(s.rows))))
 		s.block = nil // it stays
 		for _, r := range s.rows {
 			s.failureLocked(r)
@@ -179,6 +180,19 @@ func (s *screen) finish() error {
 	}
 	s.showLocked(s.err, s.summary())
 	return s.broken
+}
+
+// outcomes says how the targets have ended.
+func (s *screen) outcomes() []Outcome {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var list []Outcome
+	for _, r := range s.rows {
+		o := Outcome{Name: r.name, Result: r.result, log: r.log}
+		o.log.lines = slices.Clone(r.log.lines) // somebody may still have something to say
+		list = append(list, o)
+	}
+	return list
 }
 
 // failureLocked shows what a target that has failed has said and was not shown.

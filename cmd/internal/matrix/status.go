@@ -12,13 +12,25 @@ import (
 	"github.com/calfvm/calf/cmd/internal/progress"
 )
 
-// drawLocked shows the status of the targets.
+// drawLocked shows the status of the targets, as far as the terminal has room.
 func (s *screen) drawLocked() {
+	_, rows := s.size()
+	s.noteLocked(s.block.Draw(s.statusLocked(rows - 1)))
+}
+
+// statusLocked is the status in at most room lines.
+func (s *screen) statusLocked(room int) []string {
+	columns, _ := s.size()
+	return status(s.rows, columns-1, room, time.Now())
+}
+
+// size is that of the terminal.
+func (s *screen) size() (columns, rows int) {
 	columns, rows, err := term.GetSize(int(s.terminal.Fd()))
 	if err != nil || columns <= 0 || rows <= 0 {
-		columns, rows = 80, 24
+		return 80, 24
 	}
-	s.noteLocked(s.block.Draw(status(s.rows, columns-1, rows-1, time.Now())))
+	return columns, rows
 }
 
 // status is a line for each target, as far as there is room: then those that run are

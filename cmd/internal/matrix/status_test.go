@@ -70,6 +70,7 @@ func (d *display) text() string {
 
 // TestTerminal shows a matrix on a terminal while it runs and when it has ended.
 func TestTerminal(t *testing.T) {
+	t.Setenv("TERM", "xterm")
 	master, slave, err := pty.Open()
 	if err != nil {
 		t.Fatal(err)
@@ -146,6 +147,7 @@ func TestTerminal(t *testing.T) {
 // TestStatusBesideAFile shows what targets say in a file as it comes, and once, where only
 // standard error is a terminal.
 func TestStatusBesideAFile(t *testing.T) {
+	t.Setenv("TERM", "xterm")
 	master, slave, err := pty.Open()
 	if err != nil {
 		t.Fatal(err)
@@ -173,6 +175,68 @@ func TestStatusBesideAFile(t *testing.T) {
 	if b, err := os.ReadFile(out.Name()); err != nil || string(b) != "a | hello\n" {
 		t.Errorf("the file has %q, %v", b, err)
 	}
+}
+
+// TestAllShownAtTheEnd leaves a line for each target where not all fit.
+func TestAllShownAtTheEnd(t *testing.T) {
+	t.Setenv("TERM", "xterm")
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	defer slave.Close()
+	if err := pty.Setsize(master, &pty.Winsize{Rows: 3, Cols: 40}); err != nil {
+		t.Fatal(err)
+	}
+	var targets []Target
+	var want strings.Builder
+	for i := range 6 {
+		name := fmt.Sprintf("t%d", i)
+		targets = append(targets, Target{name, func(Slot) launch.Result { return outcome(0) }})
+		want.WriteString(name + "  PASS     1.2 s\x1b[K\r\n")
+	}
+	want.WriteString("\x1b[Jcalf: 6 targets: 6 passed, 0 failed\r\n")
+	if _, err := Run(targets, 1, console.Streams{In: os.Stdin, Out: slave, Err: slave, Messages: console.NewMessages(slave)}); err != nil {
+		t.Fatal(err)
+	}
+	if got := shown(t, master, "0 failed\r\n"); !strings.HasSuffix(got, want.String()) {
+		t.Errorf("the terminal got %q, want %q", got, want.String())
+	}
+}
+
+// TestDumbTerminal writes plain lines to a terminal that can do no more.
+func TestDumbTerminal(t *testing.T) {
+	t.Setenv("TERM", "dumb")
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	defer slave.Close()
+	target := Target{"a", func(s Slot) launch.Result { fmt.Fprintln(s.Streams.Out, "hello"); return outcome(0) }}
+	if _, err := Run([]Target{target}, 1, console.Streams{In: os.Stdin, Out: slave, Err: slave, Messages: console.NewMessages(slave)}); err != nil {
+		t.Fatal(err)
+	}
+	if got := shown(t, master, "0 failed\r\n"); got != "a | hello\r\ncalf: a: passed in 1.2 s\r\ncalf: 1 target: 1 passed, 0 failed\r\n" {
+		t.Errorf("the terminal got %q", got)
+	}
+}
+
+// shown returns what a terminal gets, up to last.
+func shown(t *testing.T, master *os.File, last string) string {
+	t.Helper()
+	late := time.AfterFunc(patience, func() { panic("the terminal does not get " + last) })
+	defer late.Stop()
+	var got strings.Builder
+	for buf := make([]byte, 4096); !strings.HasSuffix(got.String(), last); {
+		n, err := master.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got.Write(buf[:n])
+	}
+	return got.String()
 }
 
 // TestStatusWithoutRoom shows what runs where not all fit.
