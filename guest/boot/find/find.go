@@ -57,6 +57,8 @@ type Found struct {
 	// Args are the other arguments of the entry that hold for a guest of calf.
 	Args       []string
 	Partitions []Partition
+
+	volumes []*volume
 }
 
 // File is a file on the disk. It is read when it is used: it is good as long as

@@ -231,16 +231,21 @@ func TestSignatures(t *testing.T) {
 	}
 }
 
-// TestRealSignatures has the tools of the kinds that are likely make one.
+// TestRealSignatures has the tools of the kinds that are likely make one, with a name.
 func TestRealSignatures(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "image")
 	for _, tt := range []struct {
-		kind string
-		size int64
-		cmd  []string
+		kind, id, label string
+		size            int64
+		cmd             []string
 	}{
-		{"xfs", 320 << 20, []string{"mkfs.xfs", "-q", "-f", "-m", "uuid=" + rootUUID}},
-		{"swap", 1 << 20, []string{"mkswap", "-q", "-U", rootUUID}},
+		{"ext4", rootUUID, "a label", 8 << 20, []string{"mke2fs", "-q", "-F", "-t", "ext4", "-U", rootUUID, "-L", "a label"}},
+		{"xfs", rootUUID, "twelve chars", 320 << 20, []string{"mkfs.xfs", "-q", "-f", "-m", "uuid=" + rootUUID, "-L", "twelve chars"}},
+		{"btrfs", rootUUID, "a label", 128 << 20, []string{"mkfs.btrfs", "-q", "-f", "-U", rootUUID, "-L", "a label"}},
+		{"btrfs", rootUUID, "", 128 << 20, []string{"mkfs.btrfs", "-q", "-f", "-U", rootUUID}},
+		{"fat", "12AB-00CD", "UEFI", 64 << 20, []string{"mkfs.vfat", "-F", "32", "-i", "12ab00cd", "-n", "UEFI"}},
+		{"fat", "12AB-00CD", "", 16 << 20, []string{"mkfs.vfat", "-F", "16", "-i", "12ab00cd"}},
+		{"swap", "", "", 1 << 20, []string{"mkswap", "-q", "-U", rootUUID}},
 	} {
 		if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, tt.size)); err != nil {
 			t.Fatal(err)
@@ -250,13 +255,90 @@ func TestRealSignatures(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		parts, err := volumes(f, tt.size)
-		if err != nil || parts[0].Kind != tt.kind || tt.kind == "xfs" && parts[0].UUID != rootUUID {
-			t.Errorf("%s: %+v, %v", tt.kind, parts, err)
+		parts, err := Partitions(f, tt.size)
+		want := []Partition{{Kind: tt.kind, UUID: tt.id, Label: tt.label, Size: tt.size}}
+		if diff := cmp.Diff(want, parts); err != nil || diff != "" {
+			t.Errorf("%s: %v, (-want +got):\n%s", tt.kind, err, diff)
 		}
 		if err := f.Close(); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// TestIs compares the names of a partition with what root= and fstab call it.
+func TestIs(t *testing.T) {
+	p := &Partition{UUID: "12AB-00CD", Label: "Root", PartUUID: partUUID, PartLabel: "sys tem"}
+	for value, want := range map[string]bool{
+		"UUID=12ab-00cd": true, `UUID="12AB-00CD"`: true, "/dev/disk/by-uuid/12AB-00CD": true, "uuid=12AB-00CD": true,
+		"LABEL=Root": true, "LABEL=root": false, "/dev/disk/by-label/Root": true,
+		"PARTUUID=" + strings.ToUpper(partUUID): true, "/dev/disk/by-partuuid/" + partUUID: true,
+		"PARTLABEL=sys tem": true, "PARTLABEL=sys": false, "/dev/disk/by-partlabel/sys tem": true,
+		"UUID=Root": false, "LABEL=": false, "": false, "/dev/vda1": false, "ID=x": false, "/dev/disk/by-id/x": false,
+	} {
+		if got := p.Is(value); got != want {
+			t.Errorf("%q: %v", value, got)
+		}
+	}
+	if (&Partition{}).Is("LABEL=") || (&Partition{}).Is("UUID=") || (&Partition{}).Is("/dev/disk/by-uuid/") {
+		t.Error("no name is the name of a partition without one")
+	}
+}
+
+// TestSetRoot: what the user names is looked for on the disk.
+func TestSetRoot(t *testing.T) {
+	f := &Found{}
+	f.setArgs([]*volume{tree{}.volume(1, bootUUID), tree{}.volume(2, rootUUID)}, []string{"root=UUID=" + rootUUID, "ro"})
+	for value, want := range map[string]int{"/dev/vda1": 1, "UUID=" + rootUUID: 2, "/dev/vdb1": 0} {
+		f.SetRoot(value)
+		if got := f.RootPartition; (got == nil) != (want == 0) || got != nil && got.Number != want || f.Cmdline() != "ro" {
+			t.Errorf("%s: %+v, %q", value, got, f.Cmdline())
+		}
+	}
+}
+
+// TestModules reads modules from the root, in a /usr that /lib leads to.
+func TestModules(t *testing.T) {
+	kernel := make([]byte, 0x400)
+	copy(kernel[0x202:], "HdrS")
+	copy(kernel[0x20E:], "\x20\x00")
+	copy(kernel[0x220:], "6.1.0-x (who@where) #1")
+	disk := newDisk(t, "gpt", part{kind: "ext4", uuid: bootUUID, files: tree{"lib/modules/6.1.0-x/modules.dep": "a.ko:\n", "lib/modules/6.1.0-x/a.ko": "wrong"}}, part{
+		kind: "ext4", uuid: rootUUID, links: map[string]string{"lib": "usr/lib"}, files: tree{
+			"usr/lib/modules/6.1.0-x/modules.dep":        "kernel/a-b.ko.xz: kernel/c.ko kernel/gone.ko\nkernel/c.ko:\nkernel/d.ko:\nkernel/gone.ko:\n../out.ko:\n",
+			"usr/lib/modules/6.1.0-x/kernel/a-b.ko.xz":   "module ab",
+			"usr/lib/modules/6.1.0-x/kernel/c.ko":        "module c",
+			"usr/lib/modules/6.1.0-x/kernel/d.ko":        "module d",
+			"usr/lib/modules/6.1.0-x/kernel/gone.ko/dir": "no module",
+			"usr/lib/modules/out.ko":                     "outside",
+		},
+	})
+	parts, err := volumes(bytes.NewReader(disk), int64(len(disk)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &Found{Kernel: &File{ReaderAt: bytes.NewReader(kernel), Size: int64(len(kernel))}}
+	f.setArgs(parts, []string{"root=UUID=" + rootUUID})
+	for _, tt := range []struct {
+		names []string
+		want  map[string][]byte
+	}{
+		{[]string{"d", "none", "out"}, map[string][]byte{"kernel/d.ko": []byte("module d")}},
+		{[]string{"c", "c", "c"}, map[string][]byte{"kernel/c.ko": []byte("module c")}},
+		{nil, map[string][]byte{}},
+	} {
+		got, err := f.Modules(tt.names...)
+		if diff := cmp.Diff(tt.want, got); err != nil || diff != "" {
+			t.Errorf("%q: %v (-want +got):\n%s", tt.names, err, diff)
+		}
+	}
+	if got, err := f.Modules("a_b"); err == nil || !strings.Contains(err.Error(), "gone.ko") {
+		t.Errorf("a directory for a module: %q, %v", got, err)
+	}
+	copy(kernel[0x220:], "6.2")
+	kernel[0x223] = 0
+	if got, err := f.Modules("d"); err != nil || got != nil {
+		t.Errorf("modules of another kernel: %q, %v", got, err)
 	}
 }
 

@@ -17,6 +17,7 @@ var dropped = []string{"console", "earlycon", "earlyprintk", "panic", "reboot", 
 
 // setArgs takes the arguments of an entry over, and finds the root.
 func (f *Found) setArgs(parts []*volume, args []string) {
+	f.volumes = parts
 	for _, v := range parts {
 		f.Partitions = append(f.Partitions, v.Partition)
 	}
@@ -24,7 +25,7 @@ func (f *Found) setArgs(parts []*volume, args []string) {
 		key, value, _ := strings.Cut(arg, "=")
 		switch {
 		case key == "root":
-			f.Root = "root=" + ownName(value)
+			f.Root = "root=" + OwnName(value)
 		case !slices.Contains(dropped, key):
 			f.Args = append(f.Args, arg)
 		}
@@ -43,8 +44,9 @@ func (f *Found) setArgs(parts []*volume, args []string) {
 // it is no virtio disk.
 var otherDisks = regexp.MustCompile(`^/dev/(?:(?:sd|hd|vd|xvd)a(\d*)|nvme0n1(?:p(\d+))?|mmcblk0(?:p(\d+))?)$`)
 
-// ownName is the name of a device in a guest of calf.
-func ownName(value string) string {
+// OwnName is the name of a device in a guest of calf: a first disk of another kind, such
+// as /dev/sda, is the first virtio disk.
+func OwnName(value string) string {
 	m := otherDisks.FindStringSubmatch(value)
 	if m == nil {
 		return value
@@ -64,18 +66,38 @@ func (p *Partition) kernelName() string {
 	return firstDisk
 }
 
-// named returns the partition that a value of root= means, or nil.
+// named returns the partition of the first disk that a value of root= means, or nil.
 func named(parts []Partition, value string) *Partition {
-	for i, v := range parts {
-		is := func(prefix, id string) bool { return id != "" && strings.EqualFold(value, prefix+id) }
-		if is("UUID=", v.UUID) || is("PARTUUID=", v.PartUUID) || is("LABEL=", v.Label) || is("PARTLABEL=", v.PartLabel) ||
-			is("/dev/disk/by-uuid/", v.UUID) || is("/dev/disk/by-partuuid/", v.PartUUID) || is("/dev/disk/by-label/", v.Label) ||
-			is("/dev/disk/by-partlabel/", v.PartLabel) ||
-			v.Number > 0 && value == fmt.Sprint(firstDisk, v.Number) || v.Number == 0 && value == firstDisk {
+	for i, p := range parts {
+		if p.Is(value) || p.Number > 0 && value == fmt.Sprint(firstDisk, p.Number) || p.Number == 0 && value == firstDisk {
 			return &parts[i]
 		}
 	}
 	return nil
+}
+
+// Is reports whether a value of root=, or the first field of a line of fstab, means the
+// partition by one of the names that it has itself, such as UUID=… or
+// /dev/disk/by-label/….
+func (p *Partition) Is(value string) bool {
+	tag, name, ok := strings.Cut(value, "=")
+	if path, isPath := strings.CutPrefix(value, "/dev/disk/by-"); isPath {
+		tag, name, ok = strings.Cut(path, "/")
+	}
+	if name = strings.Trim(name, `"`); !ok || name == "" {
+		return false
+	}
+	switch strings.ToUpper(tag) {
+	case "UUID":
+		return strings.EqualFold(name, p.UUID)
+	case "PARTUUID":
+		return strings.EqualFold(name, p.PartUUID)
+	case "LABEL":
+		return name == p.Label
+	case "PARTLABEL":
+		return name == p.PartLabel
+	}
+	return false
 }
 
 // looksLikeRoot returns the first volume that a system can be started from, or nil.

@@ -50,6 +50,17 @@ type volume struct {
 	why    error  // why not
 }
 
+// Partitions returns what is on a disk of size bytes, by its partition table and the
+// superblocks in it.
+func Partitions(disk io.ReaderAt, size int64) ([]Partition, error) {
+	volumes, err := volumes(&meter{disk, maxRead}, size)
+	var parts []Partition
+	for _, v := range volumes {
+		parts = append(parts, v.Partition)
+	}
+	return parts, err
+}
+
 // volumes returns the partitions of a disk.
 func volumes(disk io.ReaderAt, size int64) ([]*volume, error) {
 	parts, err := partitions(disk, size)
@@ -139,7 +150,7 @@ func (v *volume) open(r *io.SectionReader) error {
 		v.Kind, v.why = "ext4", fmt.Errorf("cannot be read: %w", err)
 		return nil
 	}
-	if v.Kind, v.UUID, err = identify(r); err != nil {
+	if err := v.identify(r); err != nil {
 		return err
 	}
 	switch empty, err := isEmpty(r); {
@@ -163,62 +174,6 @@ func isEmpty(r io.ReaderAt) (bool, error) {
 		err = nil
 	}
 	return len(bytes.Trim(b[:n], "\x00")) == 0, err
-}
-
-// identify says what is there by its signature; empty if nothing is known to be.
-func identify(r io.ReaderAt) (kind, id string, err error) {
-	for _, s := range signatures {
-		b := make([]byte, len(s.magic))
-		if _, err := r.ReadAt(b, s.at); errors.Is(err, io.EOF) {
-			continue
-		} else if err != nil {
-			return "", "", err
-		}
-		if string(b) == s.magic {
-			id, err := s.id(r)
-			return s.kind, id, err
-		}
-	}
-	return "", "", nil
-}
-
-// signature is what is to be found at an offset of something of a kind, and where
-// its UUID lies.
-type signature struct {
-	kind  string
-	at    int64
-	magic string
-	uuid  int64 // 0: it has none that is used
-}
-
-// signatures tells apart what an image of Linux may hold. A swap area has its
-// signature at the end of a page.
-var signatures = []signature{
-	{"xfs", 0, "XFSB", 32},
-	{"btrfs", 0x10040, "_BHRfS_M", 0x10020},
-	{"an encrypted volume (LUKS)", 0, "LUKS\xBA\xBE", 0},
-	{"an LVM physical volume", 512, "LABELONE", 0},
-	{"an LVM physical volume", 0, "LABELONE", 0},
-	{"a member of a RAID (md)", 4096, "\xFC\x4E\x2B\xA9", 0},
-	{"bcachefs", 4096 + 24, "\xC6\x85\x73\xF6\x4E\x1A\x45\xCA", 0},
-	{"f2fs", 1024, "\x10\x20\xF5\xF2", 0},
-	{"erofs", 1024, "\xE2\xE1\xF5\xE0", 0},
-	{"squashfs", 0, "hsqs", 0},
-	{"iso9660", 0x8001, "CD001", 0},
-	{"swap", 4086, "SWAPSPACE2", 0},
-	{"ntfs", 3, "NTFS    ", 0},
-	{"exfat", 3, "EXFAT   ", 0},
-	{"fat", 0x36, "FAT1", 0},
-	{"fat", 0x52, "FAT32", 0},
-}
-
-func (s signature) id(r io.ReaderAt) (string, error) {
-	var id uuid.UUID
-	if s.uuid == 0 {
-		return "", nil
-	}
-	_, err := r.ReadAt(id[:], s.uuid)
-	return id.String(), err
 }
 
 // unclean is a file system with a journal that has not been replayed: what it is
