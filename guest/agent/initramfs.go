@@ -5,7 +5,10 @@ import (
 	"debug/elf"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"path"
+	"slices"
 
 	"github.com/u-root/u-root/pkg/cpio"
 
@@ -15,6 +18,10 @@ import (
 // maxProgram bounds the size of a program that becomes an agent.
 const maxProgram = 64 << 20
 
+// GivesUp begins the line on the guest's console that says why the agent cannot do its
+// work.
+const GivesUp = pid1.GivesUp
+
 // Initramfs returns an initramfs whose /.calf/init is the program at path: a static
 // one, that calls pid1.Main. It is to follow that of the image, if there is one: the
 // kernel unpacks both. With Cmdline, the kernel runs it as its first process.
@@ -23,16 +30,38 @@ func Initramfs(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return archiveOf(cpio.Directory(pid1.Dir, 0o700), cpio.StaticFile(pid1.Program, string(program), 0o700))
+}
+
+func archiveOf(records ...cpio.Record) ([]byte, error) {
 	var b bytes.Buffer
 	w := cpio.Newc.Writer(&b)
-	records := []cpio.Record{
-		cpio.Directory(pid1.Dir, 0o700),
-		cpio.StaticFile(pid1.Program, string(program), 0o700),
-	}
 	if err := cpio.WriteRecords(w, records); err != nil {
 		return nil, err
 	}
 	return b.Bytes(), cpio.WriteTrailer(w)
+}
+
+// Drivers are the modules that an agent needs for a root with a kind of file system, as
+// far as they are not part of the kernel.
+func Drivers(kind string) []string { return pid1.Drivers(kind) }
+
+// Modules returns an initramfs with files of modules, by their paths, which the agent
+// uses where that of the image lacks one.
+func Modules(files map[string][]byte) ([]byte, error) {
+	dirs := make(map[string]bool)
+	var records []cpio.Record
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		name, content := path.Join(pid1.ModulesDir, name), files[name]
+		for i, c := range name { // the kernel makes no directory by itself
+			if dir := name[:i]; c == '/' && !dirs[dir] {
+				dirs[dir] = true
+				records = append(records, cpio.Directory(dir, 0o700))
+			}
+		}
+		records = append(records, cpio.StaticFile(name, string(content), 0o600))
+	}
+	return archiveOf(records...)
 }
 
 // readProgram reads the program at path, which may be one that has been replaced

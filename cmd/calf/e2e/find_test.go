@@ -1,13 +1,21 @@
 package e2e
 
 import (
+	"bytes"
+	"compress/gzip"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/ulikunitz/xz"
 
 	"github.com/calfvm/calf/cmd/internal/lab"
 )
@@ -59,6 +67,7 @@ func (im *images) distribution(partitions ...map[string]string) string {
 		if err := lab.GuestRoot(part, partitionMiB, files); err != nil {
 			im.t.Fatal(err)
 		}
+		run(im.t, "debugfs", "-w", "-R", fmt.Sprintf("set_super_value volume_name part%d", i+1), part)
 		run(im.t, "dd", "if="+part, "of="+disk, "bs=1M", fmt.Sprint("seek=", 1+i*partitionMiB), "conv=notrunc")
 	}
 	image := im.path("disk.qcow2")
@@ -144,4 +153,158 @@ func TestKernelByGRUB(t *testing.T) {
 		}
 	}
 	im.check(image, checkClean)
+}
+
+// modulesOf returns the modules of a kernel as a distribution has them, compressed in all
+// ways that there are, by their paths.
+func modulesOf(t *testing.T, k lab.Kernel) map[string]string {
+	t.Helper()
+	initrd, err := os.Open(k.Initrd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer initrd.Close()
+	records, err := cpio.ReadAllRecords(cpio.Newc.Reader(initrd))
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := "/lib/modules/" + k.Release + "/"
+	files, list := make(map[string]string), ""
+	var renamed []string
+	for i, r := range records {
+		b, err := io.ReadAll(io.NewSectionReader(r, 0, int64(r.FileSize)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := filepath.Base(r.Name)
+		switch {
+		case name == "modules.dep":
+			list = string(b)
+		case strings.HasPrefix(r.Name, "modules/") && strings.HasSuffix(name, ".ko"):
+			suffix := []string{"", ".gz", ".xz", ".zst"}[i%4]
+			files[home+name+suffix] = packed(t, b, suffix)
+			renamed = append(renamed, name, name+suffix)
+		}
+	}
+	if list == "" || len(renamed) < 8 {
+		t.Fatalf("%s has the modules %q", k.Initrd, renamed)
+	}
+	files[home+"modules.dep"] = strings.NewReplacer(renamed...).Replace(list)
+	return files
+}
+
+func packed(t *testing.T, b []byte, suffix string) string {
+	t.Helper()
+	var out bytes.Buffer
+	var w io.WriteCloser
+	var err error
+	switch suffix {
+	case ".gz":
+		w = gzip.NewWriter(&out)
+	case ".xz":
+		w, err = xz.NewWriter(&out)
+	case ".zst":
+		w, err = zstd.NewWriter(&out)
+	default:
+		return string(b)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = w.Write(b)
+	if err = errors.Join(err, w.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+// A command runs in an image without an initial RAM disk, whose drivers are modules on
+// its root; with the other file systems that belong to it, and all that a login has. What
+// is kept of it is clean.
+func TestCommandInImage(t *testing.T) {
+	lab.Need(t)
+	im := newImages(t)
+	k := newestKernel(t)
+	kernel, err := os.ReadFile(k.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := modulesOf(t, k)
+	root["/vmlinuz"], root["/data dir/empty"], root["/gone/empty"] = string(kernel), "", ""
+	root["/etc/hostname"], root["/etc/passwd"] = "of-image\n", "root:x:0:0::/root:/bin/ash\n"
+	root["/etc/fstab"] = "LABEL=part1 / ext4 defaults 0 1\n/dev/sda2 /data\\040dir auto noatime,x-systemd.automount 0 2\nUUID=no-such /gone ext4 defaults\nLABEL=part2 /none ext4 nofail\n"
+	root["/boot/grub/grub.cfg"] = "menuentry x {\nlinux /vmlinuz root=LABEL=part1 ro\n}\n"
+	image := im.distribution(root, map[string]string{"/two": "data"})
+	kept := filepath.Join(filepath.Dir(image), "kept.qcow2")
+	vm := startCalf(t, "run", image, "--memory", "256MiB", "--cmdline", "quiet", "--keep", kept, "--console", "file:"+im.path("console"), "--", "sh", "-c", `
+		echo host=$(hostname)
+		echo two=$(cat '/data dir/two')
+		echo options=$(grep '/data\\040dir' /proc/mounts)
+		echo gone=$(ls /gone)
+		echo files=$(ulimit -Sn):$(ulimit -Hn)
+		echo signals=$(grep -E 'SigBlk|SigIgn' /proc/self/status)
+		echo login=$(umask):$HOME:$SHELL:$PATH
+		echo lock=$(stat -c %a /run/lock /dev/shm)
+		for dir in /dev/pts /sys/fs/cgroup /sys/kernel/debug /sys/kernel/tracing /sys/fs/bpf; do
+			echo $dir=$(grep -c " $dir " /proc/mounts)
+		done
+		while :; do echo more; done >>'/data dir/growing' &
+		while :; do echo more; done >>/growing &
+		sleep 1
+		exit 3`)
+	vm.exits(3)
+	for name, want := range map[string]string{
+		"host": "of-image", "two": "data", "gone": "empty", "files": "1024:524288", "login": "0022:/root:/bin/ash:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+		"signals": "SigBlk: 0000000000000000 SigIgn: 0000000000000000", "lock": "1777 1777",
+		"/dev/pts": "1", "/sys/fs/cgroup": "1", "/sys/kernel/debug": "1", "/sys/kernel/tracing": "1", "/sys/fs/bpf": "1",
+	} {
+		if got := vm.value(name); got != want {
+			t.Errorf("the guest says %s=%s, want %s", name, got, want)
+		}
+	}
+	if got := vm.value("options"); !strings.Contains(got, "/dev/vda2") || !strings.Contains(got, "noatime") {
+		t.Errorf("what fstab names is mounted as %q", got)
+	}
+	im.check(kept, checkClean)
+	disk := im.path("kept.raw")
+	run(t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", kept, disk)
+	for i := range 2 {
+		part := im.path("part")
+		run(t, "dd", "if="+disk, "of="+part, "bs=1M", fmt.Sprint("skip=", 1+i*partitionMiB), fmt.Sprint("count=", partitionMiB))
+		if out := run(t, "e2fsck", "-f", "-n", part); strings.Contains(out, "journal") {
+			t.Errorf("partition %d is not clean: %s", i+1, out)
+		}
+		if out := run(t, "debugfs", "-R", "stat growing", part); !strings.Contains(out, "Blockcount:") || strings.Contains(out, "Blockcount: 0") {
+			t.Errorf("partition %d has not been written to: %s", i+1, out)
+		}
+	}
+}
+
+// The root is an XFS on another disk, which the agent knows by what is on it, with the
+// drivers of the image's initial RAM disk; the kernel is on a file system for /boot.
+func TestCommandOnXFS(t *testing.T) {
+	lab.Need(t)
+	im := newImages(t)
+	k := newestKernel(t)
+	boot := im.distribution(withKernels(t, map[string]string{
+		"/grub/grub.cfg": "menuentry x {\nlinux /vmlinuz-" + k.Release + " root=LABEL=the-root ro rootflags=noatime\ninitrd /initrd.img-" + k.Release + "\n}\n",
+	}, "", []lab.Kernel{k}))
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	proto := "/\n0 0\nd--755 0 0\nbin d--755 0 0\nbusybox ---755 0 0 " + busybox + "\nsh l--777 0 0 busybox\ngrep l--777 0 0 busybox\n$\n"
+	for _, dir := range []string{"dev", "proc", "sys", "run"} {
+		proto += dir + " d--755 0 0\n$\n"
+	}
+	root, list := im.path("root.raw"), im.path("proto")
+	if err := errors.Join(os.WriteFile(list, []byte(proto+"$\n"), 0o600), os.WriteFile(root, nil, 0o600), os.Truncate(root, 320<<20)); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.xfs", "-q", "-L", "the-root", "-p", list, root)
+	vm := startCalf(t, "run", "--disk", boot, "--disk", root+",format=raw", "--memory", "256MiB", "--cmdline", "quiet", "--console", "file:"+im.path("console"), "--", "grep", " / ", "/proc/mounts")
+	vm.exits(0)
+	if got := vm.console(); !strings.HasPrefix(got, "/dev/vdb / xfs rw,noatime,") {
+		t.Errorf("the root is %q", got)
+	}
 }

@@ -307,6 +307,17 @@ func (t *tail) lines() []string {
 	return lines[max(0, len(lines)-tailLines):]
 }
 
+// reason returns why the agent has given up, or empty.
+func (t *tail) reason() string {
+	const maxReason = 1000
+	for _, line := range slices.Backward(t.lines()) {
+		if _, why, ok := strings.Cut(line, agent.GivesUp); ok {
+			return why[:min(len(why), maxReason)]
+		}
+	}
+	return ""
+}
+
 // show writes the last lines of the console for a person.
 func (t *tail) show(w io.Writer) {
 	lines := t.lines()

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/calfvm/calf/guest/agent"
 )
 
 // TestTail keeps the end of a console, or what a panic begins with.
@@ -24,6 +26,13 @@ func TestTail(t *testing.T) {
 	}
 	if len(c.b) > 2*tailBytes {
 		t.Errorf("%d bytes are kept", len(c.b))
+	}
+	if got := c.reason(); got != "" {
+		t.Errorf("the agent gives up: %q", got)
+	}
+	_, _ = c.Write([]byte("[0.9] " + agent.GivesUp + "no\x1b driver\r\n"))
+	if got := c.reason(); got != "no driver" {
+		t.Errorf("the agent gives up: %q", got)
 	}
 	_, _ = c.Write([]byte("[1.0] " + panicMark + ": why\n" + strings.Repeat("trace\n", 100)))
 	if got := c.lines(); len(got) != tailLines || !strings.Contains(got[0], "why") {

@@ -1,7 +1,6 @@
 package launch
 
 import (
-	"bytes"
 	"log/slog"
 	"slices"
 	"strings"
@@ -10,7 +9,6 @@ import (
 
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
-	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/guest/boot/find"
 	"github.com/calfvm/calf/vmm"
 )
@@ -62,23 +60,20 @@ func wantsInitrd(args []string) bool {
 }
 
 // use makes the agent the first process of a guest that is about to boot, if it can
-// mount the root.
-func (h *handOver) use(p *vmm.Payload, f *find.Found) {
+// mount the root, and reports whether it is.
+func (h *handOver) use(p *vmm.Payload, f *find.Found) bool {
 	h.stop()
 	if h == nil || f.RootPartition == nil || !slices.Contains(rootKinds, f.RootPartition.Kind) || wantsInitrd(f.Args) {
-		return
+		return false
 	}
-	files := []boot.File{{ReaderAt: bytes.NewReader(h.initramfs), Size: int64(len(h.initramfs))}}
-	if p.Initrd != nil {
-		files = slices.Insert(files, 0, *p.Initrd)
-	}
-	all := boot.Join(files...)
-	p.Initrd, p.Cmdline = &all, strings.TrimSpace(agent.CmdlineInit(h.readOnly)+" "+rootArgs(f)+" "+p.Cmdline)
+	appendInitrd(p, h.initramfs)
+	p.Cmdline = strings.TrimSpace(agent.CmdlineInit(h.readOnly) + " " + rootArgs(f) + " " + p.Cmdline)
 	if h.timeout > 0 {
 		h.mu.Lock()
 		h.late = time.AfterFunc(h.timeout, func() { h.end(errBootTimeout) })
 		h.mu.Unlock()
 	}
+	return true
 }
 
 // stop ends the wait for the guest: it is up, or has ended.

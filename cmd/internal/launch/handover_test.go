@@ -1,6 +1,7 @@
 package launch
 
 import (
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -30,8 +31,8 @@ func TestHandOver(t *testing.T) {
 			h := &handOver{initramfs: []byte("agent")}
 			f := &find.Found{Root: "root=R", RootPartition: tt.root, Args: strings.Fields(tt.args)}
 			p := &vmm.Payload{Cmdline: f.Cmdline()}
-			h.use(p, f)
-			if p.Cmdline != tt.want || (p.Initrd != nil) != strings.Contains(tt.want, "rdinit") {
+			used := h.use(p, f)
+			if p.Cmdline != tt.want || (p.Initrd != nil) != used || used != strings.Contains(tt.want, "rdinit") {
 				t.Errorf("%q, %v, want %q", p.Cmdline, p.Initrd, tt.want)
 			}
 		})
@@ -52,19 +53,26 @@ func TestHandOver(t *testing.T) {
 // TestHandOverTimeout: each boot has its time, until the guest is up.
 func TestHandOverTimeout(t *testing.T) {
 	f := &find.Found{Root: "root=R", RootPartition: &find.Partition{Kind: "ext4"}}
+	var h *handOver
+	use := func() {
+		t.Helper()
+		if !h.use(&vmm.Payload{}, f) {
+			t.Fatal("the agent is not used")
+		}
+	}
 	ended := make(chan error, 1)
-	h := &handOver{timeout: time.Hour, end: func(err error) { ended <- err }}
-	h.use(&vmm.Payload{}, f)
+	h = &handOver{timeout: time.Hour, end: func(err error) { ended <- err }}
+	use()
 	if first := h.late; !first.Stop() {
 		t.Error("nothing waits for the guest")
 	}
 	h.timeout = time.Millisecond
-	h.use(&vmm.Payload{}, f)
-	if err := <-ended; err != errBootTimeout {
+	use()
+	if err := <-ended; !errors.Is(err, errBootTimeout) {
 		t.Errorf("the guest ends with %v", err)
 	}
 	h.timeout = time.Hour
-	h.use(&vmm.Payload{}, f)
+	use()
 	last := h.late
 	h.stop()
 	if last.Stop() {

@@ -1,9 +1,11 @@
 package launch
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -72,10 +74,39 @@ func (k *diskKernel) payload() (vmm.Payload, error) {
 	}
 	if len(k.cfg.Run.Command) > 0 {
 		p.Cmdline = strings.TrimSpace(p.Cmdline + " " + rootArgs(f))
+	} else if !k.agent.use(&p, f) {
 		return p, nil
 	}
-	k.agent.use(&p, f)
+	if err := addDrivers(&p, f); err != nil {
+		k.log.Warn("the image's initial RAM disk has to have all drivers", "error", err)
+	}
 	return p, nil
+}
+
+// addDrivers adds what the root has of the drivers that an agent needs, so that it does
+// not depend on what the image's initial RAM disk has been made for.
+func addDrivers(p *vmm.Payload, f *find.Found) error {
+	if f.RootPartition == nil {
+		return nil
+	}
+	files, err := f.Modules(agent.Drivers(f.RootPartition.Kind)...)
+	if err != nil || len(files) == 0 {
+		return err
+	}
+	modules, err := agent.Modules(files)
+	if err == nil {
+		appendInitrd(p, modules)
+	}
+	return err
+}
+
+func appendInitrd(p *vmm.Payload, more []byte) {
+	files := []boot.File{{ReaderAt: bytes.NewReader(more), Size: int64(len(more))}}
+	if p.Initrd != nil {
+		files = slices.Insert(files, 0, *p.Initrd)
+	}
+	all := boot.Join(files...)
+	p.Initrd = &all
 }
 
 // rootArgs tells an agent in the guest where the root is, as far as that is known of

@@ -365,6 +365,9 @@ func result(cfg *config.Config, e end) Result {
 		}
 	case e.command.died(e) && (e.outcome == vmm.PowerOff || e.outcome == vmm.Reboot || errors.Is(e.err, errCommandDone)):
 		r.ExitCode, r.Message = ExitGuest, "the guest ended without a status of the command"
+		if why := e.command.tail.reason(); why != "" {
+			r.Message = "the command could not be run: " + why
+		}
 		also = errors.Join(e.command.err, also)
 	case e.outcome == vmm.PowerOff, e.outcome == vmm.Reboot:
 		r.ExitCode = ExitPowerOff

@@ -2,6 +2,7 @@ package pid1
 
 import (
 	"bufio"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"io"
@@ -98,6 +99,8 @@ func (c *command) begin() (kind string, err error) {
 	if err := os.Chdir(dir); err != nil { // which a path like ./a counts from
 		return wire.Setup, err
 	}
+	// What systemd gives a service; a kernel that does not let it be runs it all the same.
+	_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &syscall.Rlimit{Cur: 1024, Max: 512 << 10})
 	path, err := exec.LookPath(c.start.Args[0])
 	found := err == nil || errors.Is(err, exec.ErrDot)
 	if found {
@@ -112,11 +115,44 @@ func (c *command) begin() (kind string, err error) {
 	}
 	switch missing := errors.Is(err, fs.ErrNotExist); {
 	case found && missing:
-		return wire.NotExecutable, fmt.Errorf("%s cannot be executed: the guest does not have the interpreter or loader that it names", path)
+		return wire.NotExecutable, fmt.Errorf("%s cannot be executed: the guest does not have %.200q, by which it is run", path, interpreter(path))
 	case missing || errors.Is(err, exec.ErrNotFound):
 		return wire.NotFound, fmt.Errorf("%.200q: there is no such command in the guest", c.start.Args[0])
 	}
 	return wire.NotExecutable, fmt.Errorf("%.200q cannot be executed: %w", c.start.Args[0], err)
+}
+
+// interpreter is the path of the program that the kernel runs a script or a program
+// with, its loader; empty if there is none.
+func interpreter(file string) string {
+	const maxLine = 256 // as the kernel has it
+	f, err := os.Open(file)
+	if err != nil {
+		return ""
+	}
+	defer func() { _ = f.Close() }() // it was read only
+	begin := make([]byte, maxLine)
+	n, _ := f.ReadAt(begin, 0) // a short file ends early
+	if line, ok := strings.CutPrefix(string(begin[:n]), "#!"); ok {
+		line, _, _ = strings.Cut(line, "\n")
+		for word := range strings.FieldsSeq(line) {
+			return word
+		}
+		return ""
+	}
+	program, err := elf.NewFile(f)
+	if err != nil {
+		return ""
+	}
+	for _, p := range program.Progs {
+		if p.Type == elf.PT_INTERP && p.Filesz < maxLine {
+			loader, err := io.ReadAll(p.Open())
+			if err == nil {
+				return strings.TrimRight(string(loader), "\x00")
+			}
+		}
+	}
+	return ""
 }
 
 func onlyIf(yes bool, err error) error {
@@ -286,6 +322,9 @@ func (who *identity) fill(u *user.User) error {
 		return err
 	}
 	who.name, who.home = u.Username, u.HomeDir
+	if shell := shellOf(u.Username); shell != "" {
+		who.shell = shell
+	}
 	who.credential.Uid, who.credential.Gid = uint32(uid), uint32(gid)
 	ids, err := u.GroupIds()
 	if err != nil {
@@ -297,6 +336,20 @@ func (who *identity) fill(u *user.User) error {
 		}
 	}
 	return nil
+}
+
+// shellOf is the shell of a user, or empty.
+func shellOf(name string) string {
+	list, err := os.ReadFile("/etc/passwd")
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(list)) {
+		if f := strings.Split(strings.TrimSpace(line), ":"); f[0] == name && len(f) == 7 {
+			return f[6]
+		}
+	}
+	return ""
 }
 
 // environment is what a login sets, and what the host says.

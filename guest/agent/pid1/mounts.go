@@ -18,8 +18,9 @@ func mountKernel() error {
 	return nil
 }
 
-// mountUsual mounts what programs expect beside that. An image without a directory
-// for one of them does without it.
+// mountUsual mounts what programs expect beside that, and those that test a kernel. What
+// the kernel does not have, and what has no directory in an image that cannot be written,
+// is left out.
 func mountUsual() error {
 	const quiet = unix.MS_NOSUID | unix.MS_NODEV
 	for _, m := range []struct {
@@ -28,10 +29,21 @@ func mountUsual() error {
 	}{
 		{"devpts", "/dev/pts", "gid=5,mode=620,ptmxmode=000", unix.MS_NOSUID | unix.MS_NOEXEC},
 		{"tmpfs", "/dev/shm", "mode=1777", quiet},
+		{"mqueue", "/dev/mqueue", "", quiet | unix.MS_NOEXEC},
+		{"hugetlbfs", "/dev/hugepages", "", quiet},
 		{"tmpfs", "/run", "mode=755", quiet},
 		{"cgroup2", "/sys/fs/cgroup", "nsdelegate", quiet | unix.MS_NOEXEC},
+		{"bpf", "/sys/fs/bpf", "mode=700", quiet | unix.MS_NOEXEC},
+		{"securityfs", "/sys/kernel/security", "", quiet | unix.MS_NOEXEC},
+		{"debugfs", "/sys/kernel/debug", "", quiet | unix.MS_NOEXEC},
+		{"tracefs", "/sys/kernel/tracing", "", quiet | unix.MS_NOEXEC},
 	} {
-		if err := mountAt(m.kind, m.at, m.flags, m.data); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EROFS) && !errors.Is(err, unix.ENODEV) {
+		if err := mountAt(m.kind, m.at, m.flags, m.data); err != nil && !isAbsent(err) {
+			return err
+		}
+	}
+	for _, dir := range []string{"/tmp", "/run/lock"} {
+		if err := makeShared(dir); err != nil && !isAbsent(err) {
 			return err
 		}
 	}
@@ -45,6 +57,28 @@ func mountUsual() error {
 		}
 	}
 	return upLoopback()
+}
+
+// isAbsent reports whether the kernel or the image does not have, or does not want to
+// have, what an error is about.
+func isAbsent(err error) bool {
+	for _, absent := range []error{unix.ENOENT, unix.ENODEV, unix.EROFS, unix.EPERM, unix.EACCES, unix.ENOTDIR} {
+		if errors.Is(err, absent) {
+			return true
+		}
+	}
+	return false
+}
+
+// makeShared makes a directory that all users write to, unless there is one.
+func makeShared(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		if errors.Is(err, os.ErrExist) {
+			return nil
+		}
+		return err
+	}
+	return os.Chmod(dir, 0o777|os.ModeSticky)
 }
 
 // mountAt mounts a file system of the kernel's own, unless there is one already.

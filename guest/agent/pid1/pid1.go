@@ -10,6 +10,7 @@ package pid1
 import (
 	"fmt"
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,9 +19,14 @@ import (
 const (
 	Dir     = ".calf"
 	Program = Dir + "/init"
+	// ModulesDir has modules that the initramfs of the image may lack.
+	ModulesDir = Dir + "/modules"
 
 	newRoot = "/" + Dir + "/root"
 )
+
+// GivesUp begins the line on the console that says why the agent cannot do its work.
+const GivesUp = "calf: the agent in the guest gives up: "
 
 // IsAgent reports whether this process is the first one of a guest that has been
 // started as the agent.
@@ -34,7 +40,7 @@ func Main() {
 		err = run(a)
 	}
 	if err != nil {
-		fmt.Fprintf(os.Stderr, "calf: the agent in the guest gives up: %v\n", err)
+		fmt.Fprintln(os.Stderr, GivesUp+strings.ReplaceAll(err.Error(), "\n", "; "))
 	}
 	unix.Sync()
 	if a.handOver {
@@ -54,22 +60,28 @@ func start() (args, error) {
 }
 
 func run(a args) error {
-	root, err := findRoot(a)
+	drivers := newLoader("/" + ModulesDir)
+	root, err := findRoot(a, drivers)
 	if err != nil {
 		return err
 	}
-	if err := root.mount(); err != nil {
+	if err := root.mount(drivers); err != nil {
 		return err
 	}
-	// The drivers may be in either place, and the initramfs is about to go.
-	if err := loadAny([]string{"/", newRoot}, "vmw_vsock_virtio_transport"); err != nil && !a.handOver {
-		return fmt.Errorf("the driver of the socket device cannot be loaded: %w", err)
-	}
+	loaded := drivers.load(socketDriver) // while the initramfs is there
 	if err := switchRoot(); err != nil {
 		return err
 	}
 	if a.handOver {
-		if err := announce(); err != nil {
+		mountFstab(func(e entry) bool { return e.at == "/usr" }, root.readOnlyFlag()) // which an init counts on
+	} else {
+		mountFstab(func(entry) bool { return true }, 0)
+	}
+	if loaded != nil {
+		loaded = newLoader().load(socketDriver)
+	}
+	if a.handOver {
+		if err := announce(loaded); err != nil {
 			fmt.Fprintf(os.Stderr, "calf: the host does not learn that the guest is up: %v\n", err)
 		}
 		return handOver(a.init)
@@ -77,5 +89,5 @@ func run(a args) error {
 	if err := mountUsual(); err != nil {
 		return err
 	}
-	return serve()
+	return serve(loaded)
 }

@@ -1,16 +1,13 @@
 package pid1
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
-	"github.com/u-root/u-root/pkg/kmodule"
 	"golang.org/x/sys/unix"
 )
 
@@ -84,104 +81,53 @@ type root struct {
 }
 
 // findRoot loads the drivers of disks, and waits for the root's device.
-func findRoot(a args) (*root, error) {
-	for _, driver := range []string{"virtio_pci", "virtio_blk"} {
-		_ = loadAny([]string{"/"}, driver) // it may be part of the kernel; the device tells
-	}
+func findRoot(a args, l loader) (*root, error) {
+	_ = l.load("virtio_pci", "virtio_blk") // they may be part of the kernel; the device tells
 	if a.device == "" {
 		return nil, errors.New("the kernel's arguments do not say where the root is: give root= with --cmdline")
 	}
-	for start := time.Now(); ; time.Sleep(2 * time.Millisecond) {
+	pause := time.Millisecond
+	for start := time.Now(); time.Since(start) < patience; time.Sleep(pause) {
 		if path := deviceOf(a.device); path != "" {
+			if a.kind == "" || a.kind == "auto" {
+				a.kind = kindOf(path)
+			}
 			return &root{a, path}, nil
 		}
-		if time.Since(start) > patience {
-			return nil, fmt.Errorf("the device %s of the root has not appeared; there are %s", a.device, strings.Join(disks(), ", "))
-		}
+		pause = min(2*pause, 100*time.Millisecond)
 	}
+	return nil, fmt.Errorf("the device %s of the root has not appeared within %v; there are: %s", a.device, patience, strings.Join(blockDevices(), ", "))
 }
 
-// deviceOf returns the path of the device that root= means, if it is there yet.
-func deviceOf(name string) string {
-	if id, ok := strings.CutPrefix(name, "PARTUUID="); ok {
-		return byEvent("PARTUUID", id)
+// readOnlyFlag is MS_RDONLY if the root is to be mounted so, else 0.
+func (r *root) readOnlyFlag() uintptr {
+	if r.readOnly || r.handOver && r.mountReadOnly {
+		return unix.MS_RDONLY
 	}
-	if strings.HasPrefix(name, "/dev/") {
-		if _, err := os.Stat(name); err == nil {
-			return name
-		}
-	}
-	return ""
-}
-
-// byEvent returns the path of the device with the value in its uevent.
-func byEvent(key, value string) string {
-	events, err := filepath.Glob("/sys/class/block/*/uevent")
-	if err != nil {
-		return ""
-	}
-	for _, path := range events {
-		b, err := os.ReadFile(path)
-		if err == nil && bytes.Contains(b, []byte(key+"="+value+"\n")) {
-			return "/dev/" + filepath.Base(filepath.Dir(path))
-		}
-	}
-	return ""
-}
-
-// disks are the names of the block devices there are.
-func disks() []string {
-	entries, err := os.ReadDir("/sys/class/block")
-	if err != nil || len(entries) == 0 {
-		return []string{"none"}
-	}
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Name())
-	}
-	return names
+	return 0
 }
 
 // mount mounts the root at newRoot.
-func (r *root) mount() error {
-	kinds := []string{r.kind}
+func (r *root) mount(l loader) error {
+	kinds := strings.Split(r.kind, ",")
 	if r.kind == "" {
 		kinds = []string{"ext4", "xfs", "btrfs", "f2fs", "squashfs", "erofs"}
 	}
-	var flags uintptr
-	if r.readOnly || r.handOver && r.mountReadOnly {
-		flags = unix.MS_RDONLY
-	}
+	flags, data := parseOptions(r.flags)
+	flags = flags&^unix.MS_RDONLY | r.readOnlyFlag()
 	if err := os.MkdirAll(newRoot, 0o755); err != nil {
 		return err
 	}
 	var errs []error
 	for _, kind := range kinds {
-		_ = loadAny([]string{"/"}, kind) // it may be part of the kernel; the mount tells
-		err := unix.Mount(r.path, newRoot, kind, flags, r.flags)
+		_ = l.load(driversOf(kind)...) // it may be part of the kernel; the mount tells
+		err := unix.Mount(r.path, newRoot, typeOf(kind), flags, data)
 		if err == nil {
 			return nil
 		}
 		errs = append(errs, fmt.Errorf("%s as %s: %w", r.path, kind, err))
 	}
 	return fmt.Errorf("the root cannot be mounted: %w", errors.Join(errs...))
-}
-
-// loadAny loads a driver with what it needs from the modules under the first of
-// roots that has it. One that is part of the kernel is loaded.
-func loadAny(roots []string, name string) error {
-	var errs []error
-	for _, dir := range roots {
-		if _, err := os.Stat("/sys/module/" + name); err == nil {
-			return nil
-		}
-		err := kmodule.ProbeOptions(name, "", kmodule.ProbeOpts{RootDir: dir})
-		if err == nil {
-			return nil
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
 }
 
 // switchRoot makes newRoot the root, and frees the memory of the initramfs.

@@ -2,9 +2,12 @@ package pid1
 
 import (
 	"bufio"
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,18 +20,18 @@ import (
 var initPaths = []string{"/sbin/init", "/etc/init", "/bin/init", "/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/bin/sh"}
 
 // meet tells the host that the guest is up, and makes it what the host says. The
-// caller closes control.
-func meet() (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
+// caller closes control. loaded is why the driver that it takes could not be loaded,
+// which may be part of the kernel.
+func meet(loaded error) (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
 	if control, err = dial(wire.Control, 0); err != nil {
+		if loaded != nil {
+			err = fmt.Errorf("the kernel %s has no driver of the socket device, and neither the image's initramfs nor its root has one for it: %w", kernelRelease(), loaded)
+		}
 		return nil, nil, nil, err
 	}
-	var name unix.Utsname
 	var m wire.ToGuest
 	r = bufio.NewReaderSize(control, wire.MaxStart)
-	if err = unix.Uname(&name); err == nil {
-		err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: unix.ByteSliceToString(name.Release[:])}})
-	}
-	if err == nil {
+	if err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: kernelRelease()}}); err == nil {
 		err = wire.Read(r, &m)
 	}
 	if err == nil && m.Start == nil {
@@ -44,8 +47,8 @@ func meet() (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
 }
 
 // announce tells the host that the guest is up, and no more.
-func announce() error {
-	control, _, _, err := meet()
+func announce(loaded error) error {
+	control, _, _, err := meet(loaded)
 	if err != nil {
 		return err
 	}
@@ -53,8 +56,8 @@ func announce() error {
 }
 
 // serve runs the command that the host names.
-func serve() error {
-	control, r, start, err := meet()
+func serve(loaded error) error {
+	control, r, start, err := meet(loaded)
 	if err != nil {
 		return err
 	}
@@ -62,18 +65,50 @@ func serve() error {
 	h := &host{f: control}
 	exit := runCommand(h, r, start)
 	if start.Keep {
-		unix.Sync()
+		if err := settle(); err != nil {
+			h.problem(wire.NotSettled, err)
+		}
 	}
 	if err := h.send(wire.ToHost{Exit: &exit}); err != nil {
 		return err
 	}
 	// The host closes the connection once it has everything.
 	_, _ = control.Read(make([]byte, 1))
-	if start.Keep {
-		return unix.Mount("", "/", "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
-	}
 	return nil
 }
+
+// settle makes all file systems of devices clean, once nobody is left who writes to
+// them: there is no process but this one.
+func settle() error {
+	for start := time.Now(); time.Since(start) < reapTime; time.Sleep(time.Millisecond) {
+		if _, err := unix.Wait4(-1, nil, unix.WNOHANG, nil); errors.Is(err, unix.ECHILD) {
+			break
+		}
+	}
+	unix.Sync()
+	list, err := os.ReadFile("/proc/self/mounts")
+	if err = errors.Join(err, os.Chdir("/")); err != nil {
+		return err
+	}
+	var errs []error
+	for _, line := range slices.Backward(strings.Split(string(list), "\n")) {
+		f := strings.Fields(line)
+		if len(f) < 3 || !strings.HasPrefix(f[0], "/dev/") && f[2] != "overlay" {
+			continue
+		}
+		at := unescape(f[1])
+		if at != "/" && unix.Unmount(at, 0) == nil {
+			continue
+		}
+		if err := unix.Mount("", at, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			errs = append(errs, fmt.Errorf("the guest's %s is kept as after a power cut: %w", at, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// reapTime is how long processes may take to end that have been killed.
+const reapTime = 10 * time.Second
 
 // host is the other end of the control connection.
 type host struct {
@@ -93,7 +128,9 @@ func (h *host) tell(p wire.Problem) {
 	_ = h.send(wire.ToHost{Problem: &p}) // if the host is gone, the guest ends anyway
 }
 
-func (h *host) problem(kind string, err error) { h.tell(wire.Problem{Kind: kind, Text: err.Error()}) }
+func (h *host) problem(kind string, err error) {
+	h.tell(wire.Problem{Kind: kind, Text: strings.ReplaceAll(err.Error(), "\n", "; ")})
+}
 
 // dial opens a connection to the host.
 func dial(stream string, index int) (*os.File, error) {
@@ -118,12 +155,22 @@ func setUp(s *wire.Start) error {
 			return fmt.Errorf("setting the clock: %w", err)
 		}
 	}
-	if s.Hostname != "" {
-		if err := unix.Sethostname([]byte(s.Hostname)); err != nil {
-			return fmt.Errorf("setting the host name: %w", err)
+	if name := cmp.Or(s.Hostname, ownHostname()); name != "" {
+		if err := unix.Sethostname([]byte(name)); err != nil {
+			return fmt.Errorf("setting the host name %q: %w", name, err)
 		}
 	}
 	return nil
+}
+
+// ownHostname is the name that the image gives itself, or empty.
+func ownHostname() string {
+	const maxName = 64
+	b, err := os.ReadFile("/etc/hostname")
+	if name := strings.TrimSpace(string(b)); err == nil && len(name) <= maxName {
+		return name
+	}
+	return ""
 }
 
 // handOver runs the init of the image in the place of this process, with what the

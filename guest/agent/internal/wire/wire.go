@@ -73,6 +73,7 @@ const (
 	NotExecutable = "not-executable" // the command cannot be executed
 	Setup         = "setup"          // the user, the directory or a file cannot be had
 	ArtifactLost  = "artifact"       // an artifact could not be read
+	NotSettled    = "not-settled"    // a file system that is kept is not clean
 )
 
 // ToGuest is a message of the host. One field is set.
