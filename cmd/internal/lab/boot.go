@@ -144,6 +144,15 @@ func rootDisk(kernels []Kernel) (string, error) {
 			return "", err
 		}
 	}
+	disks, err := Distribution()
+	if err != nil {
+		return "", err
+	}
+	for _, file := range []string{disks.Whole, disks.Boot} {
+		if err := t.file(filepath.Join(insideCache, "images", filepath.Base(file)), file); err != nil {
+			return "", err
+		}
+	}
 	// The shell of busybox would run busybox's own commands in place of the
 	// tools.
 	t.link("/bin/sh", "/usr/bin/dash")
@@ -154,7 +163,7 @@ func rootDisk(kernels []Kernel) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return cached("root", digest, func(file string) error { return t.ext4(file, 1024) })
+	return cached("root", digest, func(file string) error { return t.ext4(file, 2048) })
 }
 
 // cached returns the path of a file that depends on key alone, made by build
