@@ -20,11 +20,15 @@ import (
 // it; relative paths in it start from dir. An error is of type Errors and holds
 // everything that is wrong; there is no Config then.
 func Parse(name, dir string, data []byte) (*Config, error) {
-	src := strings.TrimPrefix(string(data), "\ufeff")
+	const mark = "\ufeff" // of byte order; the TOML library drops one as well
+	src := strings.TrimPrefix(string(data), mark)
 	d := &decoder{name: name, src: src, dir: dir, cfg: &Config{dir: dir, origins: map[string]origin{}}}
 	d.cfg.origins[""] = origin{file: name, line: 1, column: 1}
 	if off := invalidUTF8(src); off >= 0 {
 		return nil, Errors{d.at(off).errorf("the file is not UTF-8")}
+	}
+	if strings.HasPrefix(src, mark) {
+		return nil, Errors{d.at(0).errorf("the file begins with two byte order marks")}
 	}
 	var doc map[string]any
 	if _, err := toml.Decode(src, &doc); err != nil {
