@@ -92,7 +92,7 @@ NUMBER         START        SIZE  TYPE    UUID
 	qemuImg(t, "create", "-q", "-f", "qcow2", "empty.qcow2", "1M")
 	for want, args := range map[string][]string{
 		"empty.qcow2: no kernel was found on the disk: the disk is empty": {"--boot", "empty.qcow2"},
-		"leave out --backing-chain": {"--boot", "--backing-chain", "disk.qcow2"},
+		"leave out --backing-chain":                                       {"--boot", "--backing-chain", "disk.qcow2"},
 	} {
 		code, _, messages := calf(t, append([]string{"image", "info"}, args...)...)
 		if code != exitImage || !strings.Contains(messages, want) {

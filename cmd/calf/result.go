@@ -10,9 +10,11 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/cmd/internal/launch"
 	"github.com/calfvm/calf/cmd/internal/matrix"
+	"github.com/calfvm/calf/cmd/internal/standin"
 )
 
 // resultFile is where the result of a run goes.
@@ -86,11 +88,10 @@ func openResult(path string) (resultFile, error) {
 
 // tryDir reports whether a file can be made in dir.
 func tryDir(dir string) error {
-	f, err := os.CreateTemp(dir, ".calf-*")
-	if err != nil {
-		return err
+	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("no file can be made in %s: %w", dir, err)
 	}
-	return errors.Join(f.Close(), os.Remove(f.Name()))
+	return nil
 }
 
 // write has encode write the result. A reader finds all of it or none.
@@ -102,19 +103,16 @@ func (rf resultFile) write(encode func(io.Writer) error) (err error) {
 		}
 		return errors.Join(encode(f), f.Close())
 	}
-	f, err := os.CreateTemp(filepath.Dir(rf.path), "."+filepath.Base(rf.path)+".*")
+	temp, done := standin.Name(rf.path)
+	defer func() { err = errors.Join(err, done()) }()
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
 	if err := errors.Join(encode(f), f.Chmod(0o644), f.Close()); err != nil {
 		return err
 	}
-	return os.Rename(f.Name(), rf.path)
+	return os.Rename(temp, rf.path)
 }
 
 // reportMisuse writes the result of a run that was not begun, because cause is

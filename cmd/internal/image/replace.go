@@ -1,7 +1,6 @@
 package image
 
 import (
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/blk"
+	"github.com/calfvm/calf/cmd/internal/standin"
 )
 
 // replace makes the file at path, which may exist, all at once: write makes a new
@@ -38,12 +38,8 @@ func replaceFile(path string, durable bool, write func(temp string) error) (err 
 		}
 		defer closing(inUse, &err)
 	}
-	temp := filepath.Join(filepath.Dir(target), "."+filepath.Base(target)+".calf-"+rand.Text()[:8])
-	defer func() {
-		if gone := os.Remove(temp); err != nil && !errors.Is(gone, fs.ErrNotExist) {
-			err = errors.Join(err, gone)
-		}
-	}()
+	temp, done := standin.Name(target)
+	defer func() { err = errors.Join(err, done()) }()
 	if err := write(temp); err != nil {
 		if errors.Is(err, unix.ENOSPC) {
 			err = fmt.Errorf("there is no room for %s: make some, or name another place for it: %w", path, err)
