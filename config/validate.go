@@ -142,9 +142,9 @@ func (c *Config) checkTogether() Errors {
 	return append(errs, c.checkDisks()...)
 }
 
-// NeedsCommand is the error about what, a key or a flag, that means nothing without a
+// needsCommand is the error about what, a key or a flag, that means nothing without a
 // command.
-func NeedsCommand(what string) error {
+func needsCommand(what string) error {
 	return fmt.Errorf("%s is for a command in the guest: add -- COMMAND, or set command in [run]", what)
 }
 
@@ -160,7 +160,7 @@ func (c *Config) checkCommand() Errors {
 			errs = append(errs, taken.errorf("run.command is empty, but %s is for a command in the guest: remove it, or name a command", name))
 			return
 		}
-		errs = append(errs, o.errorf("%v", NeedsCommand(orDefault(o.flag, name))))
+		errs = append(errs, o.errorf("%v", needsCommand(orDefault(o.flag, name))))
 	}
 	for _, t := range c.tables() {
 		switch t.path {

@@ -76,12 +76,12 @@ func artifactsOf(specs []string) ([]config.Artifact, error) {
 
 // settle makes the options go with each other.
 func (f *runFlags) settle(flags *pflag.FlagSet, cfg *config.Config, opts *launch.Options) error {
+	if f.keep != "" && len(cfg.Disks) == 0 {
+		return errors.New("--keep: the guest has no disk")
+	}
 	if len(cfg.Run.Command) == 0 {
 		if flags.ArgsLenAtDash() >= 0 {
 			return errors.New("no command follows the --; leave it out to boot the guest without one")
-		}
-		if f.keep != "" {
-			return config.NeedsCommand("--keep")
 		}
 		return nil
 	}
@@ -90,8 +90,6 @@ func (f *runFlags) settle(flags *pflag.FlagSet, cfg *config.Config, opts *launch
 		return errors.New("--console stdio: standard output is that of the command; send the console to a file with --console file:PATH")
 	case opts.Console.Kind == console.Stdio:
 		opts.Console = console.Spec{Kind: console.None}
-	case f.keep != "" && len(cfg.Disks) == 0:
-		return errors.New("--keep: the guest has no disk")
 	}
 	return nil
 }

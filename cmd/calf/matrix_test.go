@@ -162,7 +162,6 @@ func TestBadMatrix(t *testing.T) {
 		{"one artifact", []string{"--artifact", "/a=b", "--", "true"}, 1, "--artifact /a: to is that of another target too"},
 		{"one socket", []string{"--vsock", "s"}, 1, "--vsock is that of another target too"},
 		{"bad flag, told once", []string{"--cpus", "0"}, 1, "--cpus must be"},
-		{"no command", []string{"--keep", "k-{target}.qcow2"}, 1, "target 6.12: --keep is for a command in the guest"},
 		{"dry run", []string{"--dry-run", "--initrd", "/no/such/file"}, 1, "target 6.12: initrd"},
 		{"one file for both", []string{"--json", "/tmp/x/../same-report", "--junit", "/tmp/same-report"}, 1, "--json and --junit name the same file"},
 		{"report nowhere", []string{"--junit", "/no/such/dir/r.xml"}, 1, "--junit: "},

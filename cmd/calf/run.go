@@ -61,9 +61,9 @@ type runFlags struct {
 func newRun(p program) *cobra.Command {
 	var f runFlags
 	cmd := &cobra.Command{
-		Use:   runCommand + " [CONFIG.toml | IMAGE.qcow2] [flags]",
-		Short: "Boot a guest and wait for its end",
-		Long: `Boot a guest and wait for its end.
+		Use:   runCommand + " [CONFIG.toml | IMAGE.qcow2] [flags] [-- COMMAND [ARG…]]",
+		Short: "Run a command in a fresh guest, or boot one and wait for its end",
+		Long: `Run a command in a fresh guest, or boot one and wait for its end.
 
 The guest is described by a TOML file, by a QCOW2 image that becomes its first
 disk, or by flags alone. A flag overrides the file; --disk adds a disk, or
@@ -79,8 +79,14 @@ they say snapshot. --snapshot and --no-snapshot decide for all disks. Overlays l
 in $TMPDIR, or /tmp, as files without a name: they need room there for what the
 guest writes, and are gone with calf, however it ends.
 
-On a terminal, every key goes to the guest; Ctrl-A x ends the guest and Ctrl-A
-Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
+With a COMMAND, the guest runs that and nothing else, in the root of its first disk.
+Its streams, its terminal and its exit code are those of calf, and SIGINT, SIGTERM
+and SIGHUP go to it; a second one ends the guest. Writes to the disks are thrown away
+unless the file says otherwise, or --keep. --copy takes files to the guest before it,
+and --artifact takes files from it after it, however it has ended.
+
+Without one, the guest's console is that of calf: on a terminal, every key goes to
+the guest; Ctrl-A x ends the guest and Ctrl-A Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
 second one ends it. SIGCONT lets disks go on that have stopped because of an
 error (on_error = "stop").
 
@@ -92,15 +98,20 @@ for each, and at the end the output of those that failed. A signal reaches all
 that run, and no further target is started.
 
 Exit codes:
-  0      the guest powered off (with --no-reboot, or restarted)
+  0-125  the command's own; without one, 0: the guest powered off (with
+         --no-reboot, or restarted)
   124    a timeout fired
   125    the configuration or the host is at fault; the message says how
-  128+N  the run was ended by signal N (130 by Ctrl-A x)
-  255    the guest panicked or triple-faulted
+  126    the command could not be executed
+  127    there is no such command in the guest
+  128+N  the command died of signal N, or the run was ended by it (130 by Ctrl-A x)
+  255    the guest panicked, triple-faulted, or ended without a status
 
 A matrix ends with 0 if all targets do; with 128+N if signal N came before its end;
 else with the code of the first one of the file that failed. --json has them all.`,
-		Example: `  calf run debian-12.qcow2
+		Example: `  calf run debian-12.qcow2 -- uname -a
+  calf run debian-12.qcow2 --copy .:/src --workdir /src --artifact /src/report.xml=out/ -- make test
+  calf run debian-12.qcow2
   calf run ci.toml
   calf run --kernel vmlinuz --memory 1G --cpus 2 debian-12.qcow2
   calf run matrix.toml -j 4 --junit report.xml

@@ -422,6 +422,28 @@ func TestKilledRunLeavesNothing(t *testing.T) {
 	}
 }
 
+// What a guest without a command writes can be kept, too.
+func TestKeep(t *testing.T) {
+	dir := setUp(t)
+	before := contents(t, dir)
+	image, kept := dir+"/root.qcow2", dir+"/kept.qcow2"
+	args := []string{"run", image, "--memory", "64M", "--kernel", guest(t, (*guesttest.Program).PowerOff), "--keep", kept}
+	mustCalf(t, args...)
+	info, err := qcow2.Inspect(kept)
+	if err != nil || info.BackingFile != "root.qcow2" || info.Size != 1<<20 {
+		t.Errorf("the overlay is %+v, %v", info, err)
+	}
+	if code, stdout, stderr := calf(t, args...); code != launch.ExitError {
+		t.Errorf("an overlay that is there: exit code %d, %q, %q", code, stdout, stderr)
+	}
+	if err := os.Remove(kept); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, contents(t, dir)); diff != "" {
+		t.Errorf("a file has changed:\n%s", diff)
+	}
+}
+
 func TestConsoleToAFile(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "console.log")
 	kernel := guest(t, (*guesttest.Program).PowerOff)
