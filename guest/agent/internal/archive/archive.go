@@ -13,7 +13,9 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +28,8 @@ const end = "calf: end of archive\n"
 var errCut = errors.New("the archive was cut off")
 
 // Pack writes what is at name, a file or a tree, to w. Sockets, FIFOs and devices in
-// a tree are left out. A tree is called "." in its archive, a file by its last name.
+// a tree are left out; several names of one file stay that. A tree is called "." in
+// its archive, a file by its last name.
 func Pack(w io.Writer, name string) error {
 	info, err := os.Stat(name)
 	if err != nil {
@@ -56,46 +59,90 @@ func readEnd(r io.Reader) error {
 	return err
 }
 
+// packing is a Pack of a tree.
+type packing struct {
+	*tar.Writer
+	root  *os.Root
+	links map[inode]string // files with more names than one, by the first that was packed
+}
+
+// inode is a file whatever its name.
+type inode struct{ device, number uint64 }
+
 func packTree(t *tar.Writer, name string) error {
 	root, err := os.OpenRoot(name)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = root.Close() }() // it was read only
-	return fs.WalkDir(root.FS(), ".", func(at string, _ fs.DirEntry, err error) error {
-		if err == nil {
-			err = packEntry(t, root, at)
-		}
-		if p, ok := errors.AsType[*fs.PathError](err); ok && !filepath.IsAbs(p.Path) {
-			err = &fs.PathError{Op: p.Op, Path: filepath.Join(name, at), Err: p.Err}
-		}
-		return err
-	})
+	p := &packing{Writer: t, root: root, links: make(map[inode]string)}
+	return p.dir(".")
 }
 
-// packEntry packs what is at a path of a tree, which may be something else by now
-// than a moment ago.
-func packEntry(t *tar.Writer, root *os.Root, at string) error {
-	info, err := root.Lstat(at)
+// dir packs a directory of the tree and all that is in it. Names on Linux need not be
+// text, as the ones that package io/fs walks by have to.
+func (p *packing) dir(at string) error {
+	dir, err := p.root.OpenFile(at, readFile|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return p.failed(err, at)
+	}
+	entries, err := dir.ReadDir(-1)
+	if err = errors.Join(p.entry(at), err, dir.Close()); err != nil {
+		return p.failed(err, at)
+	}
+	slices.SortFunc(entries, func(a, b fs.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	for _, e := range entries {
+		name := path.Join(at, e.Name())
+		if e.IsDir() {
+			err = p.dir(name)
+		} else {
+			err = p.failed(p.entry(name), name)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// failed gives an error the whole path of the file that it is about.
+func (p *packing) failed(err error, at string) error {
+	if e, ok := errors.AsType[*fs.PathError](err); ok && !filepath.IsAbs(e.Path) {
+		err = &fs.PathError{Op: e.Op, Path: filepath.Join(p.root.Name(), at), Err: e.Err}
+	}
+	return err
+}
+
+// entry packs what is at a path of the tree, which may be something else by now than
+// a moment ago.
+func (p *packing) entry(at string) error {
+	info, err := p.root.Lstat(at)
 	if err != nil {
 		return err
 	}
 	switch info.Mode().Type() {
 	case fs.ModeDir:
-		return packHeader(t, at, "", info)
+		return packHeader(p.Writer, at, "", info)
 	case fs.ModeSymlink:
-		link, err := root.Readlink(at)
+		link, err := p.root.Readlink(at)
 		if err != nil {
 			return err
 		}
-		return packHeader(t, at, link, info)
+		return packHeader(p.Writer, at, link, info)
 	case 0:
-		f, err := root.OpenFile(at, readFile, 0)
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink > 1 {
+			file := inode{st.Dev, st.Ino}
+			if first, ok := p.links[file]; ok {
+				return p.WriteHeader(&tar.Header{Typeflag: tar.TypeLink, Name: at, Linkname: first, Format: tar.FormatPAX})
+			}
+			p.links[file] = at
+		}
+		f, err := p.root.OpenFile(at, readFile, 0)
 		if err != nil {
 			return err
 		}
 		defer func() { _ = f.Close() }() // it was read only
-		return packOpen(t, f, at)
+		return packOpen(p.Writer, f, at)
 	}
 	return nil
 }
@@ -234,7 +281,7 @@ const maxName = 4096
 // entry unpacks the entry h.
 func (u *unpacking) entry(t *tar.Reader, h *tar.Header) error {
 	name := path.Clean(h.Name)
-	if !fs.ValidPath(name) || len(name) > maxName {
+	if !filepath.IsLocal(name) || len(name) > maxName {
 		return fmt.Errorf("the archive has a file %.200q, which does not lie in it", h.Name)
 	}
 	h.Name = name
@@ -247,15 +294,31 @@ func (u *unpacking) entry(t *tar.Reader, h *tar.Header) error {
 	case tar.TypeReg:
 		return u.put(t, h, func() error { return nil })
 	case tar.TypeSymlink:
-		if err := u.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := u.makeWay(name); err != nil {
 			return err
 		}
 		if err := u.root.Symlink(h.Linkname, name); err != nil || !u.Owners {
 			return err
 		}
 		return u.root.Lchown(name, h.Uid, h.Gid)
+	case tar.TypeLink:
+		if path.Clean(h.Linkname) == name {
+			return fmt.Errorf("the archive has a file %.200q that is another name of itself", h.Name)
+		}
+		if err := u.makeWay(name); err != nil {
+			return err
+		}
+		return u.root.Link(h.Linkname, name) // which has to lie in it, too
 	}
 	return nil // nothing else is packed
+}
+
+// makeWay removes what has a name that an entry gets, if anything.
+func (u *unpacking) makeWay(name string) error {
+	if err := u.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // enter makes a directory, or adds to one that is there.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -46,7 +47,7 @@ func tree(t *testing.T, dir string) map[string]string {
 			if err != nil {
 				return err
 			}
-			what += fmt.Sprintf(" %v %x", info.ModTime().UTC(), b)
+			what += fmt.Sprintf(" %v %d names, %x", info.ModTime().UTC(), info.Sys().(*syscall.Stat_t).Nlink, b)
 		case fs.ModeDir:
 			what += fmt.Sprint(" ", info.ModTime().UTC())
 		}
@@ -79,10 +80,7 @@ func grow(t *testing.T, random *rand.Rand, dir string, depth int) {
 				name[i] = ' '
 			}
 		}
-		path := filepath.Join(dir, "n"+strings.ToValidUTF8(string(name), "ü"))
-		if len(filepath.Base(path)) > 255 {
-			path = filepath.Join(dir, filepath.Base(path)[:100])
-		}
+		path := filepath.Join(dir, "n"+string(name))
 		if _, err := os.Lstat(path); err == nil {
 			continue
 		}
@@ -104,6 +102,9 @@ func grow(t *testing.T, random *rand.Rand, dir string, depth int) {
 			must(os.WriteFile(path, b, 0o600))
 			must(os.Chmod(path, fs.FileMode(0o400|random.IntN(0o1000))))
 			stamp(path)
+			if random.IntN(4) == 0 {
+				must(os.Link(path, filepath.Join(dir, fmt.Sprint("link", random.Uint64()))))
+			}
 		}
 	}
 }
@@ -206,7 +207,10 @@ func TestHostile(t *testing.T) {
 		{"through an absolute link", []*tar.Header{dir("."), link("a", "/tmp"), file("a/evil")}, true},
 		{"onto a link", []*tar.Header{dir("."), link("evil", "../evil"), file("evil")}, false},
 		{"a directory onto a link", []*tar.Header{dir("."), link("a", ".."), dir("a"), file("a/evil")}, true},
-		{"a hard link", []*tar.Header{dir("."), {Name: "evil", Typeflag: tar.TypeLink, Linkname: "../victim"}}, false},
+		{"a hard link", []*tar.Header{dir("."), {Name: "evil", Typeflag: tar.TypeLink, Linkname: "../victim"}}, true},
+		{"an absolute hard link", []*tar.Header{dir("."), {Name: "evil", Typeflag: tar.TypeLink, Linkname: "/etc/passwd"}}, true},
+		{"a hard link through a link", []*tar.Header{dir("."), link("a", ".."), {Name: "evil", Typeflag: tar.TypeLink, Linkname: "a/victim"}}, true},
+		{"a hard link to itself", []*tar.Header{dir("."), file("x"), {Name: "x", Typeflag: tar.TypeLink, Linkname: "./x"}}, true},
 		{"a device", []*tar.Header{dir("."), {Name: "evil", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3, Mode: 0o666}}, false},
 		{"a link as a file", []*tar.Header{link("x", "../victim")}, false},
 		{"two files", []*tar.Header{file("x"), file("../evil")}, true},
