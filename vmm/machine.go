@@ -1,7 +1,6 @@
 package vmm
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -165,7 +164,7 @@ func (m *Machine) payload() (Payload, error) {
 		p.Initrd = &initrd
 	}
 	if more := m.cfg.AppendInitrd; more != nil {
-		files := []boot.File{{ReaderAt: bytes.NewReader(more), Size: int64(len(more))}}
+		files := []boot.File{*more}
 		if p.Initrd != nil {
 			files = append([]boot.File{*p.Initrd}, files...)
 		}

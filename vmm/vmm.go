@@ -52,8 +52,8 @@ type Config struct {
 	// Initrd is the path of an initial RAM disk, or empty.
 	Initrd string
 	// AppendInitrd follows the initial RAM disk, or is the only one: the kernel
-	// unpacks both.
-	AppendInitrd []byte
+	// unpacks both. Nil: nothing does.
+	AppendInitrd *boot.File
 	// Cmdline is appended to the machine's own kernel command line.
 	Cmdline string
 	// Boot says what to boot where Kernel is empty. New calls it, and Run calls it

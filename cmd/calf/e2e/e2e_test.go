@@ -38,6 +38,10 @@ func TestMain(m *testing.M) {
 		vsockGuest()
 		return
 	}
+	if os.Getenv(asSpeedGuest) != "" {
+		speedGuest()
+		return
+	}
 	lab.Main(m, lab.Config{Files: map[string]string{"docs/run.md": repository("docs/run.md")}})
 }
 

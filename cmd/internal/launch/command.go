@@ -20,6 +20,7 @@ import (
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
+	"github.com/calfvm/calf/guest/boot"
 )
 
 // errBootTimeout ends a guest that has not been ready for its command in time.
@@ -134,11 +135,12 @@ func terminalSize(s console.Streams) *agent.Size {
 
 // initrd is what the kernel is to unpack for the agent, and cmdline what it is to be
 // told.
-func (c *command) initrd() ([]byte, error) {
+func (c *command) initrd() (*boot.File, error) {
 	if c == nil {
 		return nil, nil
 	}
-	return agent.Initramfs(guestProgram)
+	f, err := agent.Initramfs(guestProgram)
+	return &f, err
 }
 
 func (c *command) cmdline(cfg *config.Config) string {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
+	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/guest/boot/find"
 	"github.com/calfvm/calf/vmm"
 )
@@ -17,7 +18,7 @@ import (
 // of, and lets the image's init take over. Nil: the image's initial RAM disk does so.
 type handOver struct {
 	server    agent.HandOver
-	initramfs []byte
+	initramfs boot.File
 	readOnly  bool
 	timeout   time.Duration // of each boot; 0: none
 	end       func(error)   // ends the guest

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/calfvm/calf/config"
+	"github.com/calfvm/calf/guest/boot"
 	"github.com/calfvm/calf/guest/boot/find"
 	"github.com/calfvm/calf/vmm"
 )
@@ -28,7 +29,7 @@ func TestHandOver(t *testing.T) {
 		{"an argument for the initial RAM disk", ext4, "boot=live", "root=R boot=live"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			h := &handOver{initramfs: []byte("agent")}
+			h := &handOver{initramfs: boot.File{ReaderAt: strings.NewReader("agent"), Size: 5}}
 			f := &find.Found{Root: "root=R", RootPartition: tt.root, Args: strings.Fields(tt.args)}
 			p := &vmm.Payload{Cmdline: f.Cmdline()}
 			used := h.use(p, f)

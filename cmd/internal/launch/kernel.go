@@ -1,7 +1,6 @@
 package launch
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -100,8 +99,8 @@ func addDrivers(p *vmm.Payload, f *find.Found) error {
 	return err
 }
 
-func appendInitrd(p *vmm.Payload, more []byte) {
-	files := []boot.File{{ReaderAt: bytes.NewReader(more), Size: int64(len(more))}}
+func appendInitrd(p *vmm.Payload, more boot.File) {
+	files := []boot.File{more}
 	if p.Initrd != nil {
 		files = slices.Insert(files, 0, *p.Initrd)
 	}
