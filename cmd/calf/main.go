@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/calfvm/calf/cmd/internal/confine"
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/doctor"
 	"github.com/calfvm/calf/cmd/internal/launch"
@@ -23,6 +24,10 @@ func main() {
 	if pid1.IsAgent() {
 		pid1.Main()
 		return
+	}
+	if confine.IsRole() {
+		confine.Main()
+		os.Exit(launch.ExitError)
 	}
 	if len(os.Args) == 2 && os.Args[1] == console.GuardCommand {
 		if console.Guard() != nil {
@@ -95,6 +100,6 @@ described by a TOML file, by flags, or by both.`,
 	root.SetIn(p.streams.In)
 	root.SetOut(p.streams.Out)
 	root.SetErr(p.streams.Messages)
-	root.AddCommand(newRun(p), newImage(), newConfig(), newDoctor(doctor.ThisHost()), newVersion())
+	root.AddCommand(newRun(p), newImage(), newConfig(), newDoctor(doctor.ThisHost()), newGitLab(p), newVersion())
 	return root
 }

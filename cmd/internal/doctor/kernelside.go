@@ -28,17 +28,17 @@ func (h Host) ioUring() Check {
 		"Allow io_uring_setup in the seccomp profile of this container, if you want it.")
 }
 
-// landlock says which Landlock there is, which calf does not use yet.
+// landlock says which Landlock there is, which calf gitlab-executor confines jobs with.
 func (h Host) landlock() Check {
 	const name = "landlock"
 	abi, err := h.Landlock()
 	switch {
 	case err == nil:
-		return ok(name, "ABI %d; calf does not use it today", abi)
+		return ok(name, "ABI %d; calf gitlab-executor uses it", abi)
 	case errors.Is(err, unix.EOPNOTSUPP):
-		return warning(name, "turned off when this host booted; calf does not use it today",
+		return warning(name, "turned off when this host booted; only calf gitlab-executor needs it",
 			"Add landlock to lsm= on the host's kernel command line, if you want it.")
 	}
-	return warning(name, fmt.Sprintf("none (%v); calf does not use it today", err),
+	return warning(name, fmt.Sprintf("none (%v); only calf gitlab-executor needs it", err),
 		"Use a host kernel with CONFIG_SECURITY_LANDLOCK (Linux 5.13), if you want it.")
 }

@@ -69,7 +69,7 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 	}
 	size := terminalSize(opts.Streams)
 	what := commandOf(cfg)
-	what.Terminal, what.Keep = size, opts.Keep != ""
+	what.Terminal, what.Keep = size, opts.Keep != "" || slices.ContainsFunc(cfg.Disks, isWritten)
 	if size != nil && os.Getenv("TERM") != "" {
 		what.Env = slices.Insert(what.Env, 0, "TERM="+os.Getenv("TERM")) // which the user may set
 	}
@@ -112,6 +112,9 @@ func transfers[T config.Copy | config.Artifact](files []T) []agent.Transfer {
 	}
 	return transfers
 }
+
+// isWritten reports whether what a guest writes to a disk is there when it has ended.
+func isWritten(d config.Disk) bool { return !d.Snapshot && !d.ReadOnly }
 
 func orDiscard(w io.Writer) io.Writer {
 	if w == nil {
