@@ -17,6 +17,7 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/launch"
 	"github.com/calfvm/calf/guest/guesttest"
+	"github.com/calfvm/calf/qcow2"
 )
 
 // matrixReport is what --json writes for targets, and junitReport what --junit writes,
@@ -133,6 +134,8 @@ func TestMatrixChoosesTargets(t *testing.T) {
 			t.Errorf("the console of %s has %q, %v", name, b, err)
 		}
 	}
+	newQCOW2(t, dir+"/root.qcow2", qcow2.CreateOptions{})
+	mustCalf(t, "run", file, "--dry-run", "--target", "a", "--target", "c", "--disk", dir+"/root.qcow2", "--keep", "{target}.qcow2", "--", "true")
 	if _, out, _ := calf(t, "__complete", "run", file, "--target", ""); out != "a\nb\nc\n:4\n" {
 		t.Errorf("completing a target offers %q", out)
 	}

@@ -119,7 +119,7 @@ func TestRun(t *testing.T) {
 		t.Errorf("it wrote %q and %q", wrote.out, wrote.err)
 	}
 	before := openFiles(t)
-	runFiles(t, targets[:1], 1)
+	runFiles(t, targets, jobs)
 	if after := openFiles(t); after > before+4 { // the files of the test itself and their poller
 		t.Errorf("%d files are open, %d were", after, before)
 	}
@@ -198,11 +198,13 @@ func TestLogIsBounded(t *testing.T) {
 	if l.size > maxLog || l.dropped+len(l.lines) != 100_000 || !strings.HasSuffix(l.of(stdout), "line 99998\nline 99999\n") {
 		t.Errorf("%d bytes, %d lines, %d dropped", l.size, len(l.lines), l.dropped)
 	}
-	for range 100 {
+	array := make([]line, 100)
+	l = log{lines: array[:0]}
+	for range array {
 		l.add(line{stream: stdout, text: strings.Repeat("x", maxLine)})
 	}
 	held := 0
-	for _, n := range l.lines[:cap(l.lines)] {
+	for _, n := range array {
 		held += len(n.text)
 	}
 	if held > maxLog || l.of(stderr) != "" {

@@ -114,7 +114,9 @@ func TestTerminal(t *testing.T) {
 		}},
 		{"6.1", func(s Slot) launch.Result {
 			fmt.Fprintf(s.Streams.Err, "broken\n")
-			return <-second
+			r := <-second
+			fmt.Fprintf(s.Streams.Messages, "calf: be warned\n")
+			return r
 		}},
 		{"old", func(Slot) launch.Result { return outcome(0) }},
 	}
@@ -134,7 +136,7 @@ func TestTerminal(t *testing.T) {
 	if r := <-done; r.ExitCode != 7 {
 		t.Errorf("report %+v", r)
 	}
-	const want = "6.12 | calf: the disk waits\n" +
+	const want = "6.12 | calf: the disk waits\n6.1 | calf: be warned\n" +
 		"6.12  PASS     1.2 s\n6.1   FAIL     7 in 1.2 s\nold   PASS     1.2 s\n" +
 		"calf: 6.1: failed with 7 in 1.2 s\n6.1 | broken\n" +
 		"calf: 3 targets: 2 passed, 1 failed\n"
