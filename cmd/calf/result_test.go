@@ -1,11 +1,14 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/calfvm/calf/cmd/internal/launch"
 )
@@ -59,5 +62,35 @@ func TestResultOnDevice(t *testing.T) {
 		if err != nil || after.Mode() != before.Mode() || !f.place {
 			t.Errorf("%s was %v and is %v, %v", path, before.Mode(), after.Mode(), err)
 		}
+	}
+}
+
+// A result that cannot be written is an error, and leaves what was there otherwise.
+func TestResultNoRoom(t *testing.T) {
+	dir := t.TempDir()
+	cause := errors.New("no room")
+	f, err := openResult(filepath.Join(dir, "result.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = f.write(func(w io.Writer) error {
+		_, err := io.WriteString(w, "half of it")
+		return errors.Join(err, cause)
+	})
+	if !errors.Is(err, cause) {
+		t.Errorf("got %v", err)
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("%v are left, %v", entries, err)
+	}
+	if _, err := openResult(filepath.Join(dir, "none", "result.json")); err == nil || !strings.Contains(err.Error(), "no file can be made in "+filepath.Join(dir, "none")) {
+		t.Errorf("got %v", err)
+	}
+	full, err := openResult("/dev/full")
+	if err != nil {
+		t.Skip(err)
+	}
+	if err := full.write(func(w io.Writer) error { _, err := io.WriteString(w, "x"); return err }); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("got %v", err)
 	}
 }

@@ -122,6 +122,8 @@ func TestBadInput(t *testing.T) {
 		{"file missing", func(*testing.T, string) []string { return []string{"none.toml"} }, 1, []string{"none.toml", "no such file"}},
 		{"neither file nor image", func(_ *testing.T, dir string) []string { return []string{dir + "/data.img"} }, 1, []string{"data.img", "format=raw"}},
 		{"two arguments", func(*testing.T, string) []string { return []string{"a.qcow2", "b.qcow2"} }, 1, []string{"--disk"}},
+		{"no command", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--"} }, 1, []string{"no command follows the --"}},
+		{"empty command", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--", ""} }, 1, []string{"is an empty string"}},
 		{"flag of a command", func(_ *testing.T, dir string) []string { return []string{dir + "/ci.toml", "--copy", ".:/src"} }, 1, []string{"--copy . is for a command in the guest: add -- COMMAND"}},
 		{"console of a command", func(_ *testing.T, dir string) []string {
 			return []string{dir + "/ci.toml", "--console", "stdio", "--", "true"}

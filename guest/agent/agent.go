@@ -384,6 +384,8 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 			s.mu.Lock()
 			s.artifacts[m.Problem.Index].told = printable(m.Problem.Text)
 			s.mu.Unlock()
+		case m.Problem != nil && m.Problem.Kind == wire.Uncopied:
+			result.Uncopied = printable(m.Problem.Text)
 		case m.Problem != nil:
 			result.Problem = printable(m.Problem.Text)
 		case m.Exit != nil:
@@ -458,7 +460,7 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r.Uncopied = s.uncopied
+	r.Uncopied = cmp.Or(s.uncopied, r.Uncopied)
 	for _, a := range s.artifacts {
 		if a.here != "" {
 			r.Unwritten = errors.Join(r.Unwritten, errArtifact)

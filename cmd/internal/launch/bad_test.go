@@ -104,6 +104,20 @@ func TestKeepNotRun(t *testing.T) {
 	}
 }
 
+// TestNoOverlayDir: it is said before a guest runs.
+func TestNoOverlayDir(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "none")
+	t.Setenv("TMPDIR", dir)
+	path := filepath.Join(t.TempDir(), "disk.raw")
+	newImage(t, path, config.FormatRaw, make([]byte, 512))
+	for _, snapshot := range []bool{true, false} {
+		err := Check(&config.Config{Disks: []config.Disk{{Path: path, Format: config.FormatRaw, Snapshot: snapshot}}})
+		if says := err != nil && strings.Contains(err.Error(), "overlay can be made in "+dir) && strings.Contains(err.Error(), "TMPDIR"); says != snapshot {
+			t.Errorf("with a throw-away overlay: %v: %v", snapshot, err)
+		}
+	}
+}
+
 // TestExplain says where there is no room, and what mends it.
 func TestExplain(t *testing.T) {
 	dir := t.TempDir()

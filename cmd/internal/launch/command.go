@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
@@ -297,7 +298,7 @@ func (t *tail) lines() []string {
 	var lines []string
 	for line := range bytes.Lines(b) {
 		clean := strings.Map(func(r rune) rune {
-			if r < ' ' && r != '\t' || r == 0x7f {
+			if unicode.IsControl(r) && r != '\t' {
 				return -1
 			}
 			return r

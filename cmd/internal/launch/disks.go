@@ -75,6 +75,18 @@ func openDisk(d config.Disk, readOnly bool) (image, error) {
 // overlayDir is where throw-away overlays lie.
 func overlayDir() string { return os.TempDir() }
 
+// checkOverlays reports why no throw-away overlay can be made, if cfg needs one.
+func checkOverlays(cfg *config.Config) error {
+	throwAway := func(d config.Disk) bool { return d.Snapshot && !d.ReadOnly }
+	if !slices.ContainsFunc(cfg.Disks, throwAway) {
+		return nil
+	}
+	if err := unix.Access(overlayDir(), unix.W_OK|unix.X_OK); err != nil {
+		return fmt.Errorf("no throw-away overlay can be made in %s: %w; set TMPDIR to a directory that can be written", overlayDir(), err)
+	}
+	return nil
+}
+
 // explain says what mends an error of the disk d, as far as that is known.
 func explain(d config.Disk, err error) error {
 	full := errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)

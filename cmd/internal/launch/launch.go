@@ -117,6 +117,9 @@ func Check(cfg *config.Config) error {
 	if err := commandOf(cfg).Check(); err != nil {
 		return err
 	}
+	if err := checkOverlays(cfg); err != nil {
+		return err
+	}
 	open, err := openDisks(cfg, true)
 	if err != nil {
 		return err

@@ -45,7 +45,7 @@ type command struct {
 func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
 	c := &command{host: h, start: start}
 	if err := c.copyIn(); err != nil {
-		h.problem(wire.Setup, err)
+		h.problem(wire.Uncopied, err)
 		return wire.Exit{Code: exitNotExecutable}
 	}
 	if kind, err := c.begin(); err != nil {

@@ -71,7 +71,8 @@ type Problem struct {
 const (
 	NotFound      = "not-found"      // there is no such command
 	NotExecutable = "not-executable" // the command cannot be executed
-	Setup         = "setup"          // the user, the directory or a file cannot be had
+	Setup         = "setup"          // the user or the directory cannot be had
+	Uncopied      = "copy"           // a file of the host cannot be had
 	ArtifactLost  = "artifact"       // an artifact could not be read
 	NotSettled    = "not-settled"    // a file system that is kept is not clean
 )
