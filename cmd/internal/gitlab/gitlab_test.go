@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -181,9 +183,9 @@ func (r *runner) project(name string) string {
 func (r *runner) stage(name, commands string) (code int, said string) {
 	r.t.Helper()
 	body := "mkdir -p " + r.project("") + "\ncd " + r.project("") + "\n" + commands
-	script := "#!/usr/bin/env bash\n\ntrap exit 1 TERM\n\n" +
-		"if set -o | grep pipefail > /dev/null; then set -o pipefail; fi; set -o errexit\nset +o noclobber\n" +
-		": | eval $'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`, "\n", `\n`).Replace(body) + "'\nexit 0\n"
+	script := "#!/usr/bin/env bash\n\ntrap 'exit 1' TERM\n\n" +
+		"case \"$(set -o)\" in *\"pipefail\"*) set -o pipefail;; esac; set -o errexit\nset +o noclobber\n" +
+		"(trap 'exit 1' TERM; eval $'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`, "\n", `\n`).Replace(body) + "') < /dev/null\nexit 0\n"
 	path := filepath.Join(r.dir, "script."+name)
 	write(r.t, path, script)
 	return r.call(func(e *Executor) error { return e.Run(path, name) })
@@ -216,7 +218,7 @@ func TestJob(t *testing.T) {
 	if said := r.passes("prepare_script", `echo "Running on $(hostname), home $HOME, $TOKEN_OF_THE_RUNNER."`); !strings.Contains(said, "home "+state+"/jobs/42/home, .\n") {
 		t.Errorf("the host says %q", said)
 	}
-	r.passes("get_sources", `git init -q . && echo 'int main() {}' > main.c && git config --global user.name me && git config user.email a@b && git add . && git commit -qm 1`)
+	r.passes("get_sources", "git config --global user.name me; git clone -q "+serveRepository(t)+" .; git checkout -q HEAD")
 	r.passes("restore_cache", "mkdir -p "+state+"/cache/7/x && echo cached > old")
 	r.passes("build_script", `grep -q main main.c && git log -1 --format=%s && cat old && echo 'a b' > "out put" && chmod 750 "out put" && mkdir deep && ln -s "../out put" deep/link && rm old && echo X=1 > ../project.tmp`)
 	r.passes("step_release", "test -e deep/link && test -e ../project.tmp && echo more > more")
@@ -224,7 +226,7 @@ func TestJob(t *testing.T) {
 	if code != 3 || !strings.HasPrefix(said, "more\n") || read(t, filepath.Join(r.dir, "exit_code")) != "42" {
 		t.Errorf("exit code %d, %q", code, said)
 	}
-	if said := r.passes("archive_cache_on_failure", "git ls-files -o; cat deep/link; git log --format=%an; ls ..; stat -c %a 'out put'"); said != "deep/link\nmore\nout put\na b\nme\nproject\n750\n" {
+	if said := r.passes("archive_cache_on_failure", "git ls-files -o; cat deep/link; git log --format=%an; git config user.name; ls ..; stat -c %a 'out put'"); said != "deep/link\nmore\nout put\na b\nother\nme\nproject\n750\n" {
 		t.Errorf("the host sees %q", said)
 	}
 	r.passes("upload_artifacts_on_failure", "echo > "+state+"/cache/7/x/cache.zip")
@@ -247,6 +249,22 @@ func TestJob(t *testing.T) {
 	if left, err := filepath.Glob(state + "/jobs/*"); err != nil || len(left) != 1 || read(t, other) != "of another job" {
 		t.Errorf("left are %q, %v", left, err)
 	}
+}
+
+// serveRepository serves a repository with a file main.c over HTTP, and returns its URL,
+// with a name that has to be resolved.
+func serveRepository(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	cmd := exec.Command("bash", "-ec", `git init -q work; cd work; echo 'int main() {}' > main.c; git add .
+		git -c user.name=other -c user.email=a@b commit -qm 1; git clone -q --bare . ../repo.git; git -C ../repo.git update-server-info`)
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	server := httptest.NewServer(http.FileServer(http.Dir(dir)))
+	t.Cleanup(server.Close)
+	return strings.Replace(server.URL, "127.0.0.1", "localhost", 1) + "/repo.git"
 }
 
 // TestHostileGuest has the guest send what would lead programs of the host astray.
@@ -541,7 +559,7 @@ func TestAgain(t *testing.T) {
 // TestCancel ends a stage on the host that the runner ends, gracefully and not.
 func TestCancel(t *testing.T) {
 	for name, tt := range map[string]struct{ script, code string }{
-		"gracefully": {"trap 'exit 9' TERM; touch ready; while :; do sleep 0.01; done", "9"},
+		"gracefully": {"trap 'touch done; exit 9' TERM; touch ready; while :; do sleep 0.01; done", "1"},
 		"hard":       {"trap '' TERM; touch ready; while :; do sleep 0.01; done", "137"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -559,6 +577,9 @@ func TestCancel(t *testing.T) {
 			}()
 			if code, said := r.stage("get_sources", tt.script); code != 3 || read(t, r.env["BUILD_EXIT_CODE_FILE"]) != tt.code {
 				t.Errorf("exit code %d, %s", code, said)
+			}
+			if done, err := exists(r.project("done")); done != (name == "gracefully") || err != nil {
+				t.Errorf("the script has had time to end: %v, %v", done, err)
 			}
 		})
 	}
