@@ -35,8 +35,8 @@ job can and cannot do.`,
 	}
 	flags := cmd.PersistentFlags()
 	flags.SortFlags = false
-	flags.StringVar(&e.State, "state", "/var/lib/calf/gitlab", "the directory of all that is kept of jobs: `DIR`")
-	flags.StringVar(&e.Images, "images", "", "the directory of the images that jobs can name, NAME.qcow2 each: `DIR`")
+	flags.StringVar(&e.State, "state", "/var/lib/calf/gitlab", "keep what is of jobs in this `DIRECTORY`")
+	flags.StringVar(&e.Images, "images", "", "the `DIRECTORY` of the images that jobs can name, each as NAME.qcow2")
 	flags.StringVar(&e.Image, "image", "", "the `NAME` of the image for jobs that name none")
 	flags.StringVar(&e.Guest, "config", "", "a TOML `FILE` with the [vm], [boot] and [run] env of guests")
 	flags.IntVar(&e.MaxCPUs, "max-cpus", 0, "let jobs choose up to `NUMBER` processors with their variable CALF_CPUS")

@@ -471,6 +471,8 @@ func TestMistakes(t *testing.T) {
 		"all is well":           {func(*runner) {}, ""},
 		"image by name":         {func(r *runner) { r.set.Image = ""; r.env["CUSTOM_ENV_CI_JOB_IMAGE"] = "debian" }, ""},
 		"image by file name":    {func(r *runner) { r.env["CUSTOM_ENV_CI_JOB_IMAGE"] = "debian.qcow2" }, ""},
+		"no images":             {func(r *runner) { r.set.Images = "" }, "--images"},
+		"relative images":       {func(r *runner) { r.set.Images = "images" }, "--images"},
 		"no image":              {func(r *runner) { r.set.Image = "" }, "names no image"},
 		"unknown image":         {func(r *runner) { r.env["CUSTOM_ENV_CI_JOB_IMAGE"] = "alpine" }, "it has: broken, debian"},
 		"path as image":         {func(r *runner) { r.env["CUSTOM_ENV_CI_JOB_IMAGE"] = "../debian" }, "letters, digits"},

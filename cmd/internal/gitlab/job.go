@@ -106,6 +106,8 @@ func (e *Executor) image() (string, error) {
 		name = e.Image
 	}
 	switch {
+	case !filepath.IsAbs(e.Images):
+		return "", fmt.Errorf("--images %q: give the absolute path of the directory with the images", e.Images)
 	case name == "":
 		return "", errors.New("the job names no image, and the runner has none for such jobs: set image in .gitlab-ci.yml, or --image")
 	case !imageName.MatchString(name):
