@@ -65,7 +65,7 @@ var rules = map[string]rule{
 	"run.user":    {doc: "User of the guest that runs it, by name or number, with :GROUP if need be. The default is root.", max: 255},
 
 	"vsock":      {doc: "Stream connections between guest and host without a network."},
-	"vsock.path": {doc: "Unix socket to make, on which programs open connections to the guest: they write CONNECT PORT and a newline, and read OK. The guest's own connections to PORT of the host go to the socket path_PORT. Without a path there is no such device.", path: true, optional: true},
+	"vsock.path": {doc: "Unix socket to make, on which programs open connections to the guest: they write CONNECT PORT and a newline, and read OK. The guest's own connections to PORT of the host go to the socket path_PORT. Port 1000 is the one of the agent that calf puts into guests.", path: true, optional: true},
 	"vsock.cid":  {doc: "Context ID of the guest. The default is 3; guests share nothing by it.", min: 3, max: 1<<32 - 2},
 
 	"disk":              {doc: "The disks, in order: vda, vdb and so on; at most 31."},

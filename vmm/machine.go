@@ -163,10 +163,10 @@ func (m *Machine) payload() (Payload, error) {
 		}
 		p.Initrd = &initrd
 	}
-	if more := m.cfg.AppendInitrd; more != nil {
-		files := []boot.File{*more}
+	if first := m.cfg.FirstInitrd; first != nil {
+		files := []boot.File{*first}
 		if p.Initrd != nil {
-			files = append([]boot.File{*p.Initrd}, files...)
+			files = append(files, *p.Initrd)
 		}
 		all := boot.Join(files...)
 		p.Initrd = &all

@@ -51,9 +51,10 @@ type Config struct {
 	Kernel string
 	// Initrd is the path of an initial RAM disk, or empty.
 	Initrd string
-	// AppendInitrd follows the initial RAM disk, or is the only one: the kernel
-	// unpacks both. Nil: nothing does.
-	AppendInitrd *boot.File
+	// FirstInitrd precedes the initial RAM disk, or is the only one: the kernel
+	// unpacks both. A packed one may not say where it ends, so that nothing can
+	// follow it. Nil: there is none.
+	FirstInitrd *boot.File
 	// Cmdline is appended to the machine's own kernel command line.
 	Cmdline string
 	// Boot says what to boot where Kernel is empty. New calls it, and Run calls it

@@ -24,7 +24,7 @@ const maxProgram = 64 << 20
 const GivesUp = pid1.GivesUp
 
 // Initramfs returns an initramfs whose /.calf/init is the program at path: a static
-// one, that calls pid1.Main. It is to follow that of the image, if there is one: the
+// one, that calls pid1.Main. It is to precede that of the image, if there is one: the
 // kernel unpacks both. With Cmdline, the kernel runs it as its first process.
 //
 // The program stays where it is until the initramfs is read. By way of /proc it can be

@@ -67,7 +67,7 @@ func (h *handOver) use(p *vmm.Payload, f *find.Found) bool {
 	if h == nil || f.RootPartition == nil || !slices.Contains(rootKinds, f.RootPartition.Kind) || wantsInitrd(f.Args) {
 		return false
 	}
-	appendInitrd(p, h.initramfs)
+	putFirst(p, h.initramfs)
 	p.Cmdline = strings.TrimSpace(agent.CmdlineInit(h.readOnly) + " " + rootArgs(f) + " " + p.Cmdline)
 	if h.timeout > 0 {
 		h.mu.Lock()

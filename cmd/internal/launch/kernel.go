@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -94,15 +93,16 @@ func addDrivers(p *vmm.Payload, f *find.Found) error {
 	}
 	modules, err := agent.Modules(files)
 	if err == nil {
-		appendInitrd(p, modules)
+		putFirst(p, modules)
 	}
 	return err
 }
 
-func appendInitrd(p *vmm.Payload, more boot.File) {
-	files := []boot.File{more}
+// putFirst puts an initial RAM disk before the one that there may be.
+func putFirst(p *vmm.Payload, initrd boot.File) {
+	files := []boot.File{initrd}
 	if p.Initrd != nil {
-		files = slices.Insert(files, 0, *p.Initrd)
+		files = append(files, *p.Initrd)
 	}
 	all := boot.Join(files...)
 	p.Initrd = &all

@@ -304,7 +304,7 @@ func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket 
 		mc.BootTimeout = 0 // which command.begin knows better
 	}
 	var machine *vmm.Machine
-	if mc.AppendInitrd, err = cmd.initrd(); err == nil {
+	if mc.FirstInitrd, err = cmd.initrd(); err == nil {
 		machine, err = vmm.New(mc)
 	}
 	if err = errors.Join(err, kernel.close()); err != nil && machine != nil {
