@@ -60,7 +60,7 @@ func TestBadCommand(t *testing.T) {
 			says string
 		}{
 			"sh":     {127, `"sh": there is no such command in the guest`},
-			"script": {126, "/bin/script cannot be executed: the guest does not have the interpreter"},
+			"script": {126, "/bin/script cannot be executed: the guest does not have \"/bin/sh\""},
 		} {
 			vm := startCalf(t, append(bare, "--", command, "-c", "true")...)
 			vm.exits(want.code)

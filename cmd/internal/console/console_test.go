@@ -18,8 +18,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMain lets the test binary play two parts besides its own: the guard, and
-// a process that dies with a raw terminal.
+// TestMain lets the test binary play three parts besides its own: the guard, a
+// process that dies with a raw terminal, and one that reads it for a command.
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == GuardCommand {
 		if err := Guard(); err != nil {
@@ -30,6 +30,10 @@ func TestMain(m *testing.M) {
 	}
 	if how := os.Getenv("CALF_TEST_END"); how != "" {
 		holdTerminal(how)
+	}
+	if os.Getenv(envCommand) != "" {
+		readCommand()
+		return
 	}
 	os.Exit(m.Run())
 }
