@@ -33,11 +33,12 @@ func TestMain(m *testing.M) {
 // fakeMachine has a directory in the place of a guest's disk, and runs a job's scripts
 // in it.
 type fakeMachine struct {
-	t     *testing.T
-	disk  string // where the builds directory is in the guest
-	host  string // where it is on the host
-	runs  []*config.Config
-	keeps []string
+	t      *testing.T
+	disk   string // where the builds directory is in the guest
+	host   string // where it is on the host
+	runs   []*config.Config
+	keeps  []string
+	closed []string // what of the project nobody may touch when it comes
 	// fails, if it has an outcome, is how the next run ends.
 	fails launch.Result
 }
@@ -78,6 +79,9 @@ func (m *fakeMachine) Run(cfg *config.Config, opts launch.Options) launch.Result
 		r.Command.Lost = []string{string(out)}
 		r.Message = string(out)
 	}
+	for _, name := range m.closed {
+		must(m.t, os.Chmod(filepath.Join(cfg.Artifacts[0].To, name), 0))
+	}
 	return r
 }
 
@@ -116,6 +120,7 @@ func newRunner(t *testing.T, state string, id int) *runner {
 	t.Helper()
 	dir := t.TempDir()
 	r := &runner{t: t, dir: dir, machine: &fakeMachine{t: t, disk: filepath.Join(t.TempDir(), "disk")}}
+	t.Cleanup(func() { _ = exec.Command("chmod", "-R", "u+rwx", r.machine.disk).Run() }) // for who may not remove it
 	r.set = Settings{State: state, Images: filepath.Join(dir, "images"), Image: "debian"}
 	write(t, filepath.Join(dir, "images", "debian.qcow2"), "")
 	write(t, filepath.Join(dir, "images", "broken.qcow2"), "")
@@ -273,6 +278,7 @@ func TestHostileGuest(t *testing.T) {
 	r := newRunner(t, t.TempDir(), 42)
 	r.begin()
 	r.passes("get_sources", `git init -q . && mkdir -p sub gone && echo gitdir: elsewhere > sub/.git && echo mine > gone/.git && touch file link-to-be`)
+	r.machine.closed = []string{"closed", "file"}
 	secret := filepath.Join(t.TempDir(), "secret")
 	write(t, secret, "secret")
 	code, said := r.stage("build_script", `
@@ -285,7 +291,7 @@ func TestHostileGuest(t *testing.T) {
 		ln -s sub inside; ln -s ../file new/inside; ln -s nothing dangling; ln -s nothing/../../x dangerous
 		rm link-to-be; ln -s `+secret+` link-to-be
 		ln -s .git/config config; ln -s new/.GiT/../deep by-git
-		mkdir closed; echo deep > closed/file; chmod 0 closed; chmod 0 file
+		mkdir closed; echo deep > closed/file
 		rm -rf ../project.tmp; ln -s /tmp ../project.tmp; echo PATH=. > ../env`)
 	if code != 0 || !strings.Contains(said, "calf: 9 links that lead out of the project are not taken to the host: ") {
 		t.Errorf("%d, %q", code, said)
