@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -206,37 +207,80 @@ func TestWholeOrNot(t *testing.T) {
 	}
 }
 
-// TestLeftOver: what a process that was killed has left under the name that a file has
-// for a moment makes way, with and without files that have no name.
+// TestLeftOver: what a process that was killed has left makes way, with and without
+// files that have no name.
 func TestLeftOver(t *testing.T) {
 	dir, err := os.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer dir.Close()
-	path := filepath.Join(dir.Name(), "file")
 	for _, unnamed := range []bool{true, false} {
 		f, err := create(dir, "file")
 		if err != nil {
 			t.Fatal(err)
 		}
-		left := filepath.Join(dir.Name(), f.temp)
-		if unnamed {
-			err = errors.Join(os.WriteFile(left, nil, 0o600), os.WriteFile(path, nil, 0o600))
-		} else { // as where there is no O_TMPFILE
-			err = errors.Join(f.link(f.temp), os.WriteFile(path, nil, 0o600))
-			f.named = true
+		if !unnamed { // as where there is no O_TMPFILE
+			f.part = f.temp + "-part"
+			if err := os.WriteFile(filepath.Join(dir.Name(), f.part), []byte("half"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			fd, err := createNamed(int(dir.Fd()), f.part)
+			if err = errors.Join(err, f.File.Close()); err != nil {
+				t.Fatal(err)
+			}
+			f.File = os.NewFile(uintptr(fd), "part")
 		}
-		_, errWrite := f.WriteString("whole")
-		if err := errors.Join(err, errWrite, f.finish(), f.Close()); err != nil {
+		for _, left := range []string{"file", f.temp} {
+			if err := os.WriteFile(filepath.Join(dir.Name(), left), []byte("old"), 0o600); err != nil && unnamed {
+				t.Fatal(err)
+			}
+		}
+		_, err = f.WriteString("whole")
+		if err := errors.Join(err, f.finish(), f.Close()); err != nil {
 			t.Fatal(err)
 		}
-		if b, err := os.ReadFile(path); err != nil || string(b) != "whole" {
+		if b, err := os.ReadFile(filepath.Join(dir.Name(), "file")); err != nil || string(b) != "whole" {
 			t.Errorf("%q, %v", b, err)
 		}
-		if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", left, err)
+		if !unnamed {
+			_ = os.Remove(filepath.Join(dir.Name(), f.temp)) // which such a file system never has
 		}
+		if entries, err := os.ReadDir(dir.Name()); err != nil || len(entries) != 1 {
+			t.Errorf("there are %v, %v", entries, err)
+		}
+	}
+}
+
+// TestTogether unpacks many files to one place at once: it is always one of them, and
+// nobody fails.
+func TestTogether(t *testing.T) {
+	from, to := t.TempDir(), filepath.Join(t.TempDir(), "file")
+	const many = 8
+	var wg sync.WaitGroup
+	for i := range many {
+		name := filepath.Join(from, strings.Repeat("x", i+1))
+		if err := os.WriteFile(name, bytes.Repeat([]byte{byte('a' + i)}, 1000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		if err := Pack(&b, name); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			for range 50 {
+				if err := Unpack(bytes.NewReader(b.Bytes()), to, Options{}); err != nil {
+					t.Error(err)
+				}
+				if got, err := os.ReadFile(to); err != nil || len(got) != 1000 || bytes.Count(got, got[:1]) != 1000 {
+					t.Errorf("there are %d bytes of several kinds, %v", len(got), err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if entries, err := os.ReadDir(filepath.Dir(to)); err != nil || len(entries) != 1 {
+		t.Errorf("there are %v, %v", entries, err)
 	}
 }
 

@@ -107,11 +107,12 @@ type newFile struct {
 	*os.File
 	dir  *os.File
 	name string
-	// temp is what it is called for a moment, or while it is made, where a file
-	// cannot be without a name. What a process that was killed has left there makes
-	// way.
-	temp  string
-	named bool // it is called temp now
+	// temp is what a whole file is called before it replaces another one, so that
+	// what is found there may as well be put into its place.
+	temp string
+	// part is its name until it is whole, where a file cannot be without one, and
+	// empty elsewhere. What a process that was killed has left there makes way.
+	part string
 }
 
 // create begins the file name, which has no slash, of dir.
@@ -119,21 +120,24 @@ func create(dir *os.File, name string) (*newFile, error) {
 	sum := fnv.New64a()
 	_, _ = sum.Write([]byte(name)) // it never fails
 	f := &newFile{dir: dir, name: name, temp: ".calf-" + strconv.FormatUint(sum.Sum64(), 16)}
-	at := int(dir.Fd())
-	fd, err := unix.Openat(at, ".", unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
+	fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_TMPFILE|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		// Not every file system can. What keeps this one from it otherwise keeps it
 		// from what follows, too.
-		if err := unix.Unlinkat(at, f.temp, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, f.failed("unlinkat", err)
-		}
-		if fd, err = unix.Openat(at, f.temp, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_WRONLY|unix.O_CLOEXEC, 0o600); err != nil {
+		f.part = f.temp + "-part"
+		if fd, err = createNamed(int(dir.Fd()), f.part); err != nil {
 			return nil, f.failed("openat", err)
 		}
-		f.named = true
 	}
 	f.File = os.NewFile(uintptr(fd), filepath.Join(dir.Name(), name))
 	return f, nil
+}
+
+func createNamed(dir int, name string) (fd int, err error) {
+	if err := unix.Unlinkat(dir, name, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return -1, err
+	}
+	return unix.Openat(dir, name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_WRONLY|unix.O_CLOEXEC, 0o600)
 }
 
 func (f *newFile) failed(op string, err error) error {
@@ -142,25 +146,36 @@ func (f *newFile) failed(op string, err error) error {
 
 // finish gives the file its name, which another one may have now.
 func (f *newFile) finish() error {
+	if f.part != "" {
+		err := f.rename(f.part)
+		if err == nil {
+			f.part = ""
+		}
+		return err
+	}
+	err := f.link(f.name)
+	for tries := 100; errors.Is(err, fs.ErrExist) && tries > 0; tries-- {
+		// Whose file temp is, a dead process or one that is about to do the same,
+		// does not matter: it is put into place, and then, with temp free, ours.
+		if err = f.link(f.temp); err == nil || errors.Is(err, fs.ErrExist) {
+			err = errors.Join(err, f.rename(f.temp))
+		}
+	}
+	return err
+}
+
+// rename puts the file that is called name into place, unless another process has
+// done so.
+func (f *newFile) rename(name string) error {
 	at := int(f.dir.Fd())
-	if !f.named {
-		err := f.link(f.name)
-		if !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		if err = f.link(f.temp); errors.Is(err, fs.ErrExist) {
-			err = errors.Join(unix.Unlinkat(at, f.temp, 0), f.link(f.temp))
-		}
-		if err != nil {
-			return err
-		}
-		f.named = true
+	err := unix.Renameat(at, name, at, f.name)
+	switch {
+	case err == nil, errors.Is(err, fs.ErrNotExist):
+		return nil
+	case name == f.temp:
+		_ = unix.Unlinkat(at, name, 0) // nobody can put it there
 	}
-	if err := unix.Renameat(at, f.temp, at, f.name); err != nil {
-		return f.failed("rename", err)
-	}
-	f.named = false
-	return nil
+	return f.failed("rename", err)
 }
 
 // link gives the file, which has no name, one that is free.
@@ -190,8 +205,8 @@ func (f *newFile) setModified(t time.Time) error {
 // Close closes the file, which is gone if it has not been finished.
 func (f *newFile) Close() error {
 	err := f.File.Close()
-	if f.named {
-		err = errors.Join(err, unix.Unlinkat(int(f.dir.Fd()), f.temp, 0))
+	if f.part != "" {
+		err = errors.Join(err, unix.Unlinkat(int(f.dir.Fd()), f.part, 0))
 	}
 	return err
 }
