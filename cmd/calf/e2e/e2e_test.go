@@ -42,16 +42,7 @@ func TestMain(m *testing.M) {
 		speedGuest()
 		return
 	}
-	lab.Main(m, lab.Config{Files: map[string]string{"docs/run.md": repository("docs/run.md")}})
-}
-
-// repository is a file of this repository, by its path there. Inside an outer machine
-// there are those that TestMain has copied.
-func repository(path string) string {
-	if lab.Inside() {
-		return filepath.Join("/lab", path)
-	}
-	return filepath.Join("../../..", path)
+	lab.Main(m, lab.Config{Files: repositoryFiles(), Prepare: buildGoExample})
 }
 
 // patience bounds every wait for a guest. A boot takes ten seconds on an

@@ -68,6 +68,9 @@ type Config struct {
 	// Files are copied into the machine: path there to path here. A program is
 	// copied together with its shared libraries.
 	Files map[string]string
+	// Prepare, if set, makes what of Files has to be made first. On hardware, where
+	// nothing is copied, it is called all the same.
+	Prepare func() error
 	// Calf is the calf executable to use; empty means one is built from the
 	// module of the working directory.
 	Calf string
@@ -235,6 +238,11 @@ func runHere(m *testing.M, cfg Config) int {
 	}
 	if err := os.Setenv(envCalf, calf); err != nil {
 		fail(err)
+	}
+	if cfg.Prepare != nil {
+		if err := cfg.Prepare(); err != nil {
+			fail(err)
+		}
 	}
 	return m.Run()
 }

@@ -54,6 +54,11 @@ func Run(cfg Config, commands ...[]string) (status int, err error) {
 	if cfg.Calf, err = calfBinary(cfg, dir); err != nil {
 		return 0, errors.Join(err, os.RemoveAll(dir))
 	}
+	if cfg.Prepare != nil {
+		if err := cfg.Prepare(); err != nil {
+			return 0, errors.Join(err, os.RemoveAll(dir))
+		}
+	}
 	boot, err := prepareBoot()
 	if err != nil {
 		return 0, errors.Join(err, os.RemoveAll(dir))

@@ -1,0 +1,3 @@
+module example.com/ramdir
+
+go 1.24
