@@ -359,9 +359,9 @@ func (u *unpacking) leave(name string) error {
 
 // mode is the mode that the file or directory h gets.
 func (u *unpacking) mode(h *tar.Header) fs.FileMode {
-	keep := fs.ModePerm
+	keep := fs.ModePerm | fs.ModeSticky
 	if u.Owners {
-		keep |= fs.ModeSetuid | fs.ModeSetgid | fs.ModeSticky
+		keep |= fs.ModeSetuid | fs.ModeSetgid
 	}
 	return h.FileInfo().Mode() & keep
 }

@@ -91,7 +91,7 @@ func grow(t *testing.T, random *rand.Rand, dir string, depth int) {
 			if depth > 0 {
 				must(os.Mkdir(path, 0o700))
 				grow(t, random, path, depth-1)
-				must(os.Chmod(path, fs.FileMode(0o500|random.IntN(0o1000))))
+				must(os.Chmod(path, fs.FileMode(0o500|random.IntN(0o1000))|[]fs.FileMode{0, fs.ModeSticky}[random.IntN(2)]))
 				stamp(path)
 			}
 		default:
