@@ -97,9 +97,9 @@ func serveHashes(l net.Listener) {
 	}
 }
 
-// noise is the same bytes for the same seed.
-func noise(seed uint64) []byte {
-	b := make([]byte, vsockBytes)
+// noise is n bytes, the same ones for the same seed.
+func noise(seed uint64, n int) []byte {
+	b := make([]byte, n)
 	_, _ = rand.NewChaCha8([32]byte{byte(seed)}).Read(b) // it never fails
 	return b
 }
@@ -119,7 +119,7 @@ func echoThrough(path string, seed uint64) error {
 	if line, err := r.ReadString('\n'); err != nil {
 		return fmt.Errorf("the answer is %q: %w", line, err)
 	}
-	data := noise(seed)
+	data := noise(seed, vsockBytes)
 	wrote := make(chan error, 1)
 	go func() {
 		_, err := c.Write(data)
@@ -201,7 +201,7 @@ func hashThrough(seed uint64) error {
 		return err
 	}
 	defer c.Close()
-	data := noise(seed)
+	data := noise(seed, vsockBytes)
 	if _, err := c.Write(data); err != nil {
 		return err
 	}
