@@ -121,7 +121,7 @@ func programSize(path string) (int64, error) {
 		}
 		size = max(size, p.Off+p.Filesz)
 	}
-	return int64(size), nil //nolint:gosec // G115: at most maxProgram
+	return int64(size), nil
 }
 
 // Cmdline is what the kernel needs to be told to run the agent. readOnly says that the
