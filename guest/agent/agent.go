@@ -98,6 +98,9 @@ type Result struct {
 	Unwritten error
 	// Kernel is the release of the guest's kernel.
 	Kernel string
+	// Began is when the agent did in the guest, and Ready when it was ready for the
+	// command, both since the guest's kernel began.
+	Began, Ready time.Duration
 }
 
 // Session is the run of one command. Its methods are safe for concurrent use.
@@ -368,6 +371,7 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 		case m.Hello != nil && !greeted:
 			greeted = true
 			result.Kernel = printable(m.Hello.Kernel)
+			result.Began, result.Ready = time.Duration(m.Hello.Began), time.Duration(m.Hello.Ready)
 			close(s.up)
 			if err := s.begin(c); err != nil {
 				return nil, 0, err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"os/signal"
@@ -51,6 +52,7 @@ const (
 // without.
 type command struct {
 	session *agent.Session
+	log     *slog.Logger
 	streams *console.Console
 	tail    tail // of the guest's console
 	keep    bool
@@ -78,7 +80,7 @@ func openCommand(cfg *config.Config, opts Options, leave func()) (*command, erro
 	if err != nil {
 		return nil, err
 	}
-	c := &command{streams: streams, keep: what.Keep, runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
+	c := &command{log: opts.Logger, streams: streams, keep: what.Keep, runs: opts.CommandRuns, done: make(chan struct{}), resized: make(chan os.Signal, 1)}
 	c.session = agent.NewSession(what, agent.Streams{In: streams.In, Out: orDiscard(streams.Out), Err: orDiscard(streams.Err)})
 	if size != nil {
 		signal.Notify(c.resized, unix.SIGWINCH)
@@ -198,6 +200,9 @@ func (c *command) begin(ctx context.Context, end func(error), bootTimeout time.D
 	go func() {
 		defer close(c.done)
 		c.result, c.err = c.session.Run(ctx)
+		if r := c.result; r != nil {
+			c.log.Debug("the agent was ready for the command", "kernel", r.Began, "agent", r.Ready-r.Began)
+		}
 		if c.keep && c.err == nil {
 			time.AfterFunc(powerOffTime, func() { end(errCommandDone) })
 			return

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,9 +36,10 @@ func IsAgent() bool { return os.Getpid() == 1 && os.Args[0] == "/"+Program }
 // Main runs the agent, and ends the guest unless the image's init takes over. What goes
 // wrong before the host can be told is said on the console.
 func Main() {
+	began := sinceBoot()
 	a, err := start()
 	if err == nil {
-		err = run(a)
+		err = run(a, began)
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, GivesUp+strings.ReplaceAll(err.Error(), "\n", "; "))
@@ -59,7 +61,7 @@ func start() (args, error) {
 	return readArgs()
 }
 
-func run(a args) error {
+func run(a args, began time.Duration) error {
 	drivers := newLoader("/" + ModulesDir)
 	root, err := findRoot(a, drivers)
 	if err != nil {
@@ -81,7 +83,7 @@ func run(a args) error {
 		loaded = newLoader().load(socketDriver)
 	}
 	if a.handOver {
-		if err := announce(loaded); err != nil {
+		if err := announce(began, loaded); err != nil {
 			fmt.Fprintf(os.Stderr, "calf: the host does not learn that the guest is up: %v\n", err)
 		}
 		return handOver(a.init)
@@ -89,5 +91,5 @@ func run(a args) error {
 	if err := mountUsual(); err != nil {
 		return err
 	}
-	return serve(loaded)
+	return serve(began, loaded)
 }

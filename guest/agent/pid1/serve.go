@@ -21,8 +21,8 @@ var initPaths = []string{"/sbin/init", "/etc/init", "/bin/init", "/usr/lib/syste
 
 // meet tells the host that the guest is up, and makes it what the host says. The
 // caller closes control. loaded is why the driver that it takes could not be loaded,
-// which may be part of the kernel.
-func meet(loaded error) (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
+// which may be part of the kernel. began is when the agent did.
+func meet(began time.Duration, loaded error) (control *os.File, r *bufio.Reader, start *wire.Start, err error) {
 	if control, err = dial(wire.Control, 0); err != nil {
 		if loaded != nil {
 			err = fmt.Errorf("the kernel %s has no driver of the socket device, and neither the image's initramfs nor its root has one for it: %w", kernelRelease(), loaded)
@@ -31,7 +31,7 @@ func meet(loaded error) (control *os.File, r *bufio.Reader, start *wire.Start, e
 	}
 	var m wire.ToGuest
 	r = bufio.NewReaderSize(control, wire.MaxStart)
-	if err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: kernelRelease()}}); err == nil {
+	if err = wire.Write(control, wire.ToHost{Hello: &wire.Hello{Kernel: kernelRelease(), Began: int64(began), Ready: int64(sinceBoot())}}); err == nil {
 		err = wire.Read(r, &m)
 	}
 	if err == nil && m.Start == nil {
@@ -46,9 +46,18 @@ func meet(loaded error) (control *os.File, r *bufio.Reader, start *wire.Start, e
 	return control, r, m.Start, nil
 }
 
+// sinceBoot is for how long the kernel has run, 0 if it does not say.
+func sinceBoot() time.Duration {
+	var ts unix.Timespec
+	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts) != nil {
+		return 0
+	}
+	return time.Duration(ts.Nano())
+}
+
 // announce tells the host that the guest is up, and no more.
-func announce(loaded error) error {
-	control, _, _, err := meet(loaded)
+func announce(began time.Duration, loaded error) error {
+	control, _, _, err := meet(began, loaded)
 	if err != nil {
 		return err
 	}
@@ -56,8 +65,8 @@ func announce(loaded error) error {
 }
 
 // serve runs the command that the host names.
-func serve(loaded error) error {
-	control, r, start, err := meet(loaded)
+func serve(began time.Duration, loaded error) error {
+	control, r, start, err := meet(began, loaded)
 	if err != nil {
 		return err
 	}

@@ -48,6 +48,10 @@ type ToHost struct {
 // Hello says that the guest is up, with its root in place.
 type Hello struct {
 	Kernel string `json:"kernel"` // its release
+	// Began is when the agent did, Ready when it was done with all that comes before
+	// the command, in nanoseconds since the kernel began.
+	Began int64 `json:"began,omitempty"`
+	Ready int64 `json:"ready,omitempty"`
 }
 
 // Exit is how the command ended.
