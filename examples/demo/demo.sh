@@ -1,15 +1,17 @@
 #!/bin/sh
-# Boots a stock Linux kernel with calf from a QCOW2 overlay, lets the guest
-# write to its root, and shows on the host what became of the images.
+# Runs a command in a fresh guest of a distribution's own image. Then boots a
+# stock Linux kernel with calf from a QCOW2 overlay, lets the guest write to its
+# root, and shows on the host what became of the images.
 #
 # `make demo` runs this where KVM is real. It needs calf, qemu-img, mke2fs,
-# debugfs and a static busybox on the PATH, and a kernel with an initramfs that
-# mounts /dev/vda and runs its /sbin/init.
+# debugfs and a static busybox on the PATH, an image of a distribution, and a
+# kernel with an initramfs that mounts /dev/vda and runs its /sbin/init.
 set -eu
 PATH=$PATH:/usr/sbin:/sbin
 
 kernel=${CALF_LAB_KERNEL:?set it to a bzImage}
 initrd=${CALF_LAB_INITRD:?set it to an initramfs}
+disk=${CALF_LAB_DISK:?set it to a QCOW2 image of a distribution}
 
 step() { printf '\n## %s\n' "$*"; }
 # Shows a command, then runs it.
@@ -25,6 +27,18 @@ die() {
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cd "$dir"
+
+step "A command in a fresh guest: the image needs nothing for it, and stays as it is"
+ln -s "$disk" disk.qcow2
+before=$(sha256sum disk.qcow2)
+# shellcheck disable=SC2016 # the guest's variables
+command='uname -a; . /etc/os-release; echo "$PRETTY_NAME"; echo precious >/file; exit 42'
+printf "$ calf run disk.qcow2 -- sh -c '%s'; echo \$?\n" "$command"
+status=0
+calf run disk.qcow2 -- sh -c "$command" || status=$?
+echo $status
+[ $status = 42 ] || die "calf ended with another status than the command's"
+[ "$(sha256sum disk.qcow2)" = "$before" ] || die "the image was changed"
 
 step "A base image with an ext4 root, and an overlay on it"
 mkdir -p root/bin root/sbin root/dev root/proc root/sys root/run

@@ -14,6 +14,9 @@ type Disks struct {
 	Boot  string // an EFI system partition, a file system for /boot, the root
 }
 
+// wholeDisk is the name of the file Disks.Whole.
+const wholeDisk = "disk.qcow2"
+
 // Distribution returns the disks that .ci/setup made.
 func Distribution() (Disks, error) {
 	cache, err := cacheDir()
@@ -21,7 +24,7 @@ func Distribution() (Disks, error) {
 		return Disks{}, err
 	}
 	dir := filepath.Join(cache, "images")
-	d := Disks{Whole: filepath.Join(dir, "disk.qcow2"), Boot: filepath.Join(dir, "boot.qcow2")}
+	d := Disks{Whole: filepath.Join(dir, wholeDisk), Boot: filepath.Join(dir, "boot.qcow2")}
 	for _, file := range []string{d.Whole, d.Boot} {
 		if _, err := os.Stat(file); err != nil {
 			return Disks{}, fmt.Errorf("%w: run .ci/setup", err)

@@ -88,6 +88,7 @@ const (
 
 	envKernel = "CALF_LAB_KERNEL" // image of the newest kernel
 	envInitrd = "CALF_LAB_INITRD" // its initramfs
+	envDisk   = "CALF_LAB_DISK"   // a disk with a distribution, see Disks
 
 	roleAgent  = "init"
 	roleInside = "1"
@@ -155,8 +156,9 @@ func Main(m *testing.M, cfg Config) {
 // output and error, and returns its exit status: here if the hardware allows,
 // else as Run does.
 //
-// The command finds calf on its PATH and as $CALF_BIN, and the newest stock
-// kernel with its initramfs as $CALF_LAB_KERNEL and $CALF_LAB_INITRD.
+// The command finds calf on its PATH and as $CALF_BIN, the newest stock kernel
+// with its initramfs as $CALF_LAB_KERNEL and $CALF_LAB_INITRD, and a disk with a
+// distribution, which it may not change, as $CALF_LAB_DISK.
 func Exec(cfg Config, args []string) (status int, err error) {
 	if reason := vmm.Probe(); reason != nil {
 		announce(reason)
@@ -176,11 +178,15 @@ func Exec(cfg Config, args []string) (status int, err error) {
 		return 0, err
 	}
 	newest := kernels[len(kernels)-1]
+	disks, err := Distribution()
+	if err != nil {
+		return 0, err
+	}
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(),
 		"PATH="+filepath.Dir(calf)+":"+os.Getenv("PATH"),
-		envCalf+"="+calf, envKernel+"="+newest.Image, envInitrd+"="+newest.Initrd)
+		envCalf+"="+calf, envKernel+"="+newest.Image, envInitrd+"="+newest.Initrd, envDisk+"="+disks.Whole)
 	if err := cmd.Run(); cmd.ProcessState == nil {
 		return 0, err
 	}

@@ -322,7 +322,8 @@ func (m *machine) makeScratch(args []string) error {
 	}
 	newest := filepath.Join(insideCache, "kernels", m.boot.kernel.Release)
 	j := job{Args: args, Dir: insideScratch, Env: append(insideEnv(),
-		envKernel+"="+newest+"/vmlinuz", envInitrd+"="+newest+"/initrd")}
+		envKernel+"="+newest+"/vmlinuz", envInitrd+"="+newest+"/initrd",
+		envDisk+"="+filepath.Join(insideCache, "images", wholeDisk))}
 	programs := map[string]string{insideAgent: agent, insideCalf: m.cfg.Calf}
 	if strings.Contains(args[0], "/") {
 		there := filepath.Join(insideBin, filepath.Base(args[0]))
