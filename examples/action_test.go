@@ -204,7 +204,8 @@ func TestActionScript(t *testing.T) {
 		{"config and run", map[string]string{"config": "ci.toml", "run": "true"}, []string{"ci.toml"}, []string{"--", "sh", "-e", "-c", "true"}},
 		{"a name that looks like a flag", map[string]string{"config": "--ci.toml"}, []string{"./--ci.toml"}, nil},
 		{
-			"everything", map[string]string{
+			"everything",
+			map[string]string{
 				"image": "x.qcow2", "run": "true", "cpus": "2", "memory": "1G", "timeout": "5m", "boot-timeout": "1m", "workdir": "/my src", "user": "1000:1000",
 				"env": "A=1 2\n\n  B=\n", "copy": ".:/src\nb c:/d\n", "artifacts": "/src/x=out/\n/y", "flags": "--keep=k.qcow2\n--log-level\ninfo\n", "calf": "calf",
 			},
@@ -215,7 +216,8 @@ func TestActionScript(t *testing.T) {
 			},
 		},
 		{
-			"hostile", map[string]string{"image": hostile, "run": hostile, "memory": hostile, "env": "X=" + hostile + "\nEND", "copy": "*"},
+			"hostile",
+			map[string]string{"image": hostile, "run": hostile, "memory": hostile, "env": "X=" + hostile + "\nEND", "copy": "*"},
 			[]string{hostile},
 			[]string{"--memory=" + hostile, "--env=X=" + hostile, "--env=END", "--copy=*", "--", "sh", "-e", "-c", hostile},
 		},
@@ -367,7 +369,9 @@ func TestWorkflow(t *testing.T) {
 		if strings.HasPrefix(block, "- ") {
 			err = yaml.Unmarshal([]byte(block), &steps)
 		} else {
-			var workflow struct{ Jobs map[string]struct{ Steps []step } }
+			var workflow struct {
+				Jobs map[string]struct{ Steps []step }
+			}
 			err = yaml.Unmarshal([]byte(block), &workflow)
 			for _, job := range workflow.Jobs {
 				steps = append(steps, job.Steps...)

@@ -81,7 +81,7 @@ func TestExamples(t *testing.T) {
 			t.Fatal(err)
 		}
 		env := []string{"INPUT_CONFIG=vm.toml", "INPUT_CALF=" + lab.Calf(), "RUNNER_TEMP=" + dir, "GITHUB_OUTPUT=" + output}
-		for _, name := range strings.Fields("IMAGE RUN CPUS MEMORY TIMEOUT BOOT_TIMEOUT WORKDIR USER ENV COPY ARTIFACTS FLAGS") {
+		for name := range strings.FieldsSeq("IMAGE RUN CPUS MEMORY TIMEOUT BOOT_TIMEOUT WORKDIR USER ENV COPY ARTIFACTS FLAGS") {
 			env = append(env, "INPUT_"+name+"=")
 		}
 		vm := start(t, "go", env, script)
