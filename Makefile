@@ -66,6 +66,10 @@ soak: ## many writers on one image, every read verified; SOAK='-for 10m'
 bench:
 	$(GO) test -run='^$$' -bench=. -benchmem $(UNIT)
 
+.PHONY: speed
+speed: setup ## what a command in a guest costs; on hardware, held to its bounds
+	CALF_SPEED=1 $(GO) test -v -count=1 -timeout=45m -run='^TestSpeed$$' ./cmd/calf/e2e
+
 # What make image-bench passes to the command; its -help lists more.
 IMAGE_BENCH ?= -rounds 7
 

@@ -190,7 +190,7 @@ func (c *Conn) ReadFrom(r io.Reader) (int64, error) {
 		switch err := c.giving(n); {
 		case err != nil:
 			return done, err
-		case readErr == io.EOF: //nolint:errorlint // as io.Reader has it
+		case readErr == io.EOF:
 			return done, nil
 		case readErr != nil:
 			return done, readErr

@@ -63,7 +63,7 @@ func (p packet) encode() []byte {
 	return append(b, p.data...)
 }
 
-func decode(t *testing.T, b []byte) packet {
+func decode(t testing.TB, b []byte) packet {
 	t.Helper()
 	if len(b) < 44 {
 		t.Fatalf("a packet of %d bytes", len(b))
@@ -82,7 +82,7 @@ func decode(t *testing.T, b []byte) packet {
 
 // driver is the guest's driver of a device.
 type driver struct {
-	t   *testing.T
+	t   testing.TB
 	m   *virtiotest.Machine
 	d   *virtiotest.Driver
 	dev *vsock.Device
@@ -95,7 +95,7 @@ type driver struct {
 
 // start returns a device whose driver is ready, with n buffers of size bytes for
 // packets.
-func start(t *testing.T, cfg vsock.Config, n int, size uint32) *driver {
+func start(t testing.TB, cfg vsock.Config, n int, size uint32) *driver {
 	t.Helper()
 	cfg.CID = cid
 	dev, err := vsock.New(cfg)
