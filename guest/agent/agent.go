@@ -296,7 +296,7 @@ func (s *Session) unpack(c Conn, i int) {
 		return
 	}
 	r := &fromGuest{Reader: c}
-	err := errors.Join(a.place.Unpack(r, archive.Options{}), a.place.Close())
+	err := errors.Join(a.place.Unpack(r, nil), a.place.Close())
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {

@@ -147,7 +147,7 @@ func TestSession(t *testing.T) {
 			!start.Keep || start.Copies[0] != "/in" || start.Artifacts[0] != "/out" || start.Terminal != nil || time.Since(time.Unix(0, start.Time)) > time.Minute {
 			t.Errorf("the guest is told %+v", start)
 		}
-		if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(guestDir, "in"), archive.Options{}); err != nil {
+		if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(guestDir, "in"), nil); err != nil {
 			t.Error(err)
 		}
 		stdin, stdout, stderr := g.dial(wire.Stdin, 0), g.dial(wire.Stdout, 0), g.dial(wire.Stderr, 0)
@@ -227,7 +227,7 @@ func TestNotRun(t *testing.T) {
 	t.Run("a file that is not there", func(t *testing.T) {
 		_, _, r, err := run(t, Command{Args: []string{"x"}, Copies: []Transfer{{"/no/such/file", "/in"}}}, "", func(g *fakeGuest) {
 			control, _, _ := g.begin()
-			if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(t.TempDir(), "in"), archive.Options{}); err == nil {
+			if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(t.TempDir(), "in"), nil); err == nil {
 				t.Error("nothing is unpacked as something")
 			}
 			g.say(control, wire.ToHost{Exit: &wire.Exit{Code: 126}})

@@ -145,7 +145,7 @@ func TestWhoseFault(t *testing.T) {
 	}
 	_, _, r, err = run(t, c, "", func(g *fakeGuest) {
 		control, _, _ := g.begin()
-		if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(t.TempDir(), "in"), archive.Options{}); err == nil {
+		if err := archive.Unpack(g.dial(wire.Copy, 0), filepath.Join(t.TempDir(), "in"), nil); err == nil {
 			t.Error("nothing is unpacked as something")
 		}
 		g.say(control, wire.ToHost{Problem: &wire.Problem{Kind: wire.Uncopied, Text: "the archive is empty"}})

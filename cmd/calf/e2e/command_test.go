@@ -43,6 +43,10 @@ func TestCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	note := filepath.Join(t.TempDir(), "note")
+	if err := os.WriteFile(note, nil, 0o640); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		name    string
 		flags   []string
@@ -53,7 +57,7 @@ func TestCommand(t *testing.T) {
 	}{
 		{"output and status", nil, []string{"sh", "-c", "echo out; echo err >&2; exit 7"}, "", "out\n", 7},
 		{"input", nil, []string{"sort"}, "c\na\nb\n", "a\nb\nc\n", 0},
-		{"environment", []string{"-e", "X=a b", "--workdir", "/tmp", "--user", "worker"}, []string{"sh", "-c", `echo "$X|$PWD|$USER|$HOME|$(id -u)|$(id -g)"`}, "", "a b|/tmp|worker|/tmp|1000|1000\n", 0},
+		{"environment", []string{"-e", "X=a b", "--workdir", "/tmp", "--user", "worker", "--copy", note + ":/notes/"}, []string{"sh", "-c", `echo "$X|$PWD|$USER|$HOME|$(id -u)|$(id -g)|$(stat -c %U:%a /notes/note)"`}, "", "a b|/tmp|worker|/tmp|1000|1000|worker:640\n", 0},
 		{"not found", nil, []string{"no-such-command"}, "", "", 127},
 		{"not executable", nil, []string{"/etc/passwd"}, "", "", 126},
 		{"killed", nil, []string{"sh", "-c", "kill -9 $$"}, "", "", 137},

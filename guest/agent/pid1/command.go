@@ -34,6 +34,7 @@ const (
 type command struct {
 	host    *host
 	start   *wire.Start
+	who     *identity
 	pid     int
 	tty     *os.File       // the agent's side of the command's terminal, or nil
 	ours    []*os.File     // the command's ends of its streams
@@ -43,7 +44,12 @@ type command struct {
 // runCommand runs the command that start names, to its end and to that of all that
 // it has left running.
 func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
-	c := &command{host: h, start: start}
+	who, err := lookUp(start.User)
+	if err != nil {
+		h.problem(wire.Setup, err)
+		return wire.Exit{Code: exitNotExecutable}
+	}
+	c := &command{host: h, start: start, who: who}
 	if err := c.copyIn(); err != nil {
 		h.problem(wire.Uncopied, err)
 		return wire.Exit{Code: exitNotExecutable}
@@ -73,11 +79,7 @@ func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
 
 // begin starts the command. The kind of an error is one of wire's.
 func (c *command) begin() (kind string, err error) {
-	who, err := lookUp(c.start.User)
-	if err != nil {
-		return wire.Setup, err
-	}
-	env := environment(who, c.start)
+	env := environment(c.who, c.start)
 	if err := os.Setenv("PATH", valueOf(env, "PATH")); err != nil { // for LookPath
 		return wire.Setup, err
 	}
@@ -105,7 +107,7 @@ func (c *command) begin() (kind string, err error) {
 	found := err == nil || errors.Is(err, exec.ErrDot)
 	if found {
 		attr := &os.ProcAttr{Dir: dir, Env: env, Files: c.ours[:3], Sys: &syscall.SysProcAttr{
-			Setsid: true, Setctty: c.tty != nil, Ctty: 0, Credential: &who.credential,
+			Setsid: true, Setctty: c.tty != nil, Ctty: 0, Credential: &c.who.credential,
 		}}
 		var p *os.Process
 		if p, err = os.StartProcess(path, c.start.Args, attr); err == nil {

@@ -10,14 +10,15 @@ import (
 	"github.com/calfvm/calf/guest/agent/internal/wire"
 )
 
-// copyIn unpacks what the host sends.
+// copyIn unpacks what the host sends, for the user that runs the command.
 func (c *command) copyIn() error {
+	owner := &archive.Owner{UID: int(c.who.credential.Uid), GID: int(c.who.credential.Gid)}
 	for i, dest := range c.start.Copies {
 		in, err := dial(wire.Copy, i)
 		if err != nil {
 			return err
 		}
-		if err = errors.Join(archive.Unpack(in, dest, archive.Options{}), in.Close()); err != nil {
+		if err = errors.Join(archive.Unpack(in, dest, owner), in.Close()); err != nil {
 			return fmt.Errorf("copying to %s in the guest: %w", dest, err)
 		}
 	}

@@ -191,15 +191,11 @@ func packOpen(t *tar.Writer, f *os.File, as string) error {
 	return err
 }
 
-// Options say how to unpack.
-type Options struct {
-	// Owners gives files the owners that the archive says, and the bits by which
-	// they act for them. Without it they are the caller's.
-	Owners bool
-}
+// Owner is whom what is unpacked belongs to, by numbers.
+type Owner struct{ UID, GID int }
 
 // Unpack unpacks the archive that r has at dest: see Find, and Place.Unpack.
-func Unpack(r io.Reader, dest string, o Options) error {
+func Unpack(r io.Reader, dest string, o *Owner) error {
 	p, err := Find(dest)
 	if err != nil {
 		return err
@@ -210,8 +206,10 @@ func Unpack(r io.Reader, dest string, o Options) error {
 // Unpack unpacks the archive that r has. A tree becomes the directory at the place,
 // which is made or added to; a file becomes the file there, or goes by its name into
 // what is a directory, or ends in a slash. Directories above are made. A file has its
-// name only when it is whole, and replaces another one then.
-func (p *Place) Unpack(r io.Reader, o Options) error {
+// name only when it is whole, and replaces another one then. What is made belongs to
+// o, or to the caller if that is nil; a directory that was there keeps its owner. The
+// bits by which a file acts for its owner are left out.
+func (p *Place) Unpack(r io.Reader, o *Owner) error {
 	t := tar.NewReader(r)
 	first, err := t.Next()
 	if err != nil {
@@ -220,11 +218,12 @@ func (p *Place) Unpack(r io.Reader, o Options) error {
 	if first.Typeflag == tar.TypeReg {
 		return p.unpackFile(r, t, first, o)
 	}
+	_, absent := p.root.Lstat(p.rest)
 	root, err := p.open(p.rest)
 	if err != nil {
 		return err
 	}
-	u := &unpacking{root: root, Options: o}
+	u := &unpacking{root: root, owner: o, isNew: absent != nil}
 	for h := first; err == nil; h, err = t.Next() {
 		if err = u.entry(t, h); err != nil {
 			break
@@ -240,7 +239,7 @@ func (p *Place) Unpack(r io.Reader, o Options) error {
 }
 
 // unpackFile unpacks the only file of an archive.
-func (p *Place) unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, o Options) (err error) {
+func (p *Place) unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, o *Owner) (err error) {
 	dir, name := path.Split(p.rest)
 	if there, err := p.root.Lstat(p.rest); p.into || err == nil && there.IsDir() {
 		dir, name = p.rest, path.Base(h.Name)
@@ -251,7 +250,7 @@ func (p *Place) unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, o Options)
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
 	h.Name = name
-	u := &unpacking{root: root, Options: o}
+	u := &unpacking{root: root, owner: o}
 	return u.put(t, h, func() error {
 		if _, err := t.Next(); !errors.Is(err, io.EOF) {
 			return errors.Join(errors.New("the archive of a file has more than that, or was cut off"), err)
@@ -262,9 +261,10 @@ func (p *Place) unpackFile(r io.Reader, t *tar.Reader, h *tar.Header, o Options)
 
 // unpacking is an Unpack.
 type unpacking struct {
-	Options
-	root *os.Root
-	dirs []directory // that entries may still lie in, each in the one before it
+	root  *os.Root
+	owner *Owner
+	isNew bool        // the root has been made for it
+	dirs  []directory // that entries may still lie in, each in the one before it
 }
 
 // directory is one that gets what is its own when all is in it.
@@ -272,7 +272,7 @@ type directory struct {
 	name     string
 	mode     fs.FileMode
 	modified time.Time
-	uid, gid int
+	isNew    bool
 }
 
 // maxName bounds the name of an entry, as Linux bounds paths.
@@ -297,10 +297,10 @@ func (u *unpacking) entry(t *tar.Reader, h *tar.Header) error {
 		if err := u.makeWay(name); err != nil {
 			return err
 		}
-		if err := u.root.Symlink(h.Linkname, name); err != nil || !u.Owners {
+		if err := u.root.Symlink(h.Linkname, name); err != nil {
 			return err
 		}
-		return u.root.Lchown(name, h.Uid, h.Gid)
+		return u.own(name)
 	case tar.TypeLink:
 		if path.Clean(h.Linkname) == name {
 			return fmt.Errorf("the archive has a file %.200q that is another name of itself", h.Name)
@@ -323,15 +323,18 @@ func (u *unpacking) makeWay(name string) error {
 
 // enter makes a directory, or adds to one that is there.
 func (u *unpacking) enter(h *tar.Header) error {
+	isNew := u.isNew
 	if h.Name != "." {
-		if err := u.root.Mkdir(h.Name, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		err := u.root.Mkdir(h.Name, 0o700)
+		if err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
+		isNew = err == nil
 	}
 	if info, err := u.root.Lstat(h.Name); err != nil || !info.IsDir() {
 		return errors.Join(err, fmt.Errorf("%s is there, and is no directory", filepath.Join(u.root.Name(), h.Name)))
 	}
-	u.dirs = append(u.dirs, directory{h.Name, u.mode(h), h.ModTime, h.Uid, h.Gid})
+	u.dirs = append(u.dirs, directory{h.Name, mode(h), h.ModTime, isNew})
 	return nil
 }
 
@@ -344,8 +347,8 @@ func (u *unpacking) leave(name string) error {
 			break
 		}
 		u.dirs = u.dirs[:len(u.dirs)-1]
-		if u.Owners {
-			if err := u.root.Lchown(last.name, last.uid, last.gid); err != nil {
+		if last.isNew {
+			if err := u.own(last.name); err != nil {
 				return err
 			}
 		}
@@ -357,13 +360,17 @@ func (u *unpacking) leave(name string) error {
 	return nil
 }
 
-// mode is the mode that the file or directory h gets.
-func (u *unpacking) mode(h *tar.Header) fs.FileMode {
-	keep := fs.ModePerm | fs.ModeSticky
-	if u.Owners {
-		keep |= fs.ModeSetuid | fs.ModeSetgid
+// own gives what has been made under name to its owner.
+func (u *unpacking) own(name string) error {
+	if u.owner == nil {
+		return nil
 	}
-	return h.FileInfo().Mode() & keep
+	return u.root.Lchown(name, u.owner.UID, u.owner.GID)
+}
+
+// mode is the mode that the file or directory h gets.
+func mode(h *tar.Header) fs.FileMode {
+	return h.FileInfo().Mode() & (fs.ModePerm | fs.ModeSticky)
 }
 
 // put makes the file h, of what t has, if check agrees at the end.
@@ -391,12 +398,12 @@ func (u *unpacking) put(t *tar.Reader, h *tar.Header, check func() error) (err e
 	if _, err := io.Copy(f, t); err != nil {
 		return err
 	}
-	if u.Owners {
-		if err := f.Chown(h.Uid, h.Gid); err != nil {
+	if u.owner != nil {
+		if err := f.Chown(u.owner.UID, u.owner.GID); err != nil {
 			return err
 		}
 	}
-	if err := errors.Join(f.Chmod(u.mode(h)), f.setModified(h.ModTime), check()); err != nil {
+	if err := errors.Join(f.Chmod(mode(h)), f.setModified(h.ModTime), check()); err != nil {
 		return err
 	}
 	return f.finish()

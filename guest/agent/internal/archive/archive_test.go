@@ -134,7 +134,7 @@ func TestTree(t *testing.T) {
 		want := tree(t, from)
 		delete(want, "fifo") // no archive has it
 		for range 2 {        // the second time over what is there
-			if err := Unpack(bytes.NewReader(b.Bytes()), to, Options{}); err != nil {
+			if err := Unpack(bytes.NewReader(b.Bytes()), to, nil); err != nil {
 				t.Fatal(err)
 			}
 			if diff := cmp.Diff(want, tree(t, to)); diff != "" {
@@ -144,7 +144,7 @@ func TestTree(t *testing.T) {
 		for range 5 { // anywhere, and between two files
 			cut := random.IntN(b.Len())
 			for _, n := range []int{cut, cut &^ 511} {
-				if err := Unpack(bytes.NewReader(b.Bytes()[:n]), to, Options{}); err == nil {
+				if err := Unpack(bytes.NewReader(b.Bytes()[:n]), to, nil); err == nil {
 					t.Errorf("%d bytes of %d are taken for a whole", n, b.Len())
 				}
 			}
@@ -154,6 +154,43 @@ func TestTree(t *testing.T) {
 
 // TestFile packs a single file and unpacks it to where a name, a directory and a
 // slash say.
+// What is made belongs to the owner that is asked for, and what was there does not.
+func TestOwner(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	from, to := t.TempDir(), t.TempDir()
+	for _, dir := range []string{from + "/old", from + "/new", to + "/old"} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.WriteFile(from+"/new/file", nil, 0o600), os.Symlink("file", from+"/new/link")); err != nil {
+		t.Fatal(err)
+	}
+	own := func(path string) int {
+		t.Helper()
+		info, err := os.Lstat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return int(info.Sys().(*syscall.Stat_t).Uid)
+	}
+	for _, dest := range []string{to, to + "/made"} {
+		var b bytes.Buffer
+		if err := errors.Join(Pack(&b, from), Unpack(&b, dest, &Owner{UID: 1000, GID: 1000})); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for path, want := range map[string]int{
+		"": 0, "old": 0, "new": 1000, "new/file": 1000, "new/link": 1000, "made": 1000, "made/old": 1000,
+	} {
+		if got := own(filepath.Join(to, path)); got != want {
+			t.Errorf("%q belongs to user %d, want %d", path, got, want)
+		}
+	}
+}
+
 func TestFile(t *testing.T) {
 	dir := t.TempDir()
 	from := filepath.Join(dir, "report.xml")
@@ -172,7 +209,7 @@ func TestFile(t *testing.T) {
 		{from, dir + "/out/link", dir + "/out/link"}, // over what is there
 	} {
 		var b bytes.Buffer
-		if err := errors.Join(Pack(&b, c.from), Unpack(&b, c.to, Options{})); err != nil {
+		if err := errors.Join(Pack(&b, c.from), Unpack(&b, c.to, nil)); err != nil {
 			t.Fatal(err)
 		}
 		info, err := os.Lstat(c.want)
@@ -237,7 +274,7 @@ func TestHostile(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(home, "victim"), []byte("safe"), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			err := Unpack(&b, filepath.Join(home, "in"), Options{})
+			err := Unpack(&b, filepath.Join(home, "in"), nil)
 			if (err != nil) != c.fails {
 				t.Errorf("got error %v", err)
 			}
@@ -274,7 +311,7 @@ func FuzzUnpack(f *testing.F) {
 	f.Add(b.Bytes())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		home := t.TempDir()
-		_ = Unpack(bytes.NewReader(b), filepath.Join(home, "in"), Options{})
+		_ = Unpack(bytes.NewReader(b), filepath.Join(home, "in"), nil)
 		entries, err := os.ReadDir(home)
 		if err != nil || len(entries) > 1 || len(entries) == 1 && entries[0].Name() != "in" {
 			t.Errorf("%v, %v", entries, err)
