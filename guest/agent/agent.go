@@ -38,6 +38,9 @@ var ErrNoStatus = errors.New("the guest ended without a status of the command")
 // errArtifact stands for what Result.Lost says of an artifact.
 var errArtifact = errors.New("an artifact could not be written")
 
+// errUnsent is why an artifact is lost of which the guest says nothing.
+var errUnsent = errors.New("the guest has not sent it")
+
 // Conn is a connection that the guest has opened.
 type Conn interface {
 	io.ReadWriteCloser
@@ -114,10 +117,14 @@ type Session struct {
 	started  chan struct{} // closed when the command runs
 	over     chan struct{} // closed when Run returns
 
-	mu       sync.Mutex
+	// messages are for the guest, which may not read them: nobody waits for that but
+	// the goroutine that writes them. The first one is Start.
+	messages chan wire.ToGuest
+
+	mu       sync.Mutex            // never held across I/O
 	taken    map[wire.Opening]bool // guarded by mu
-	conn     Conn                  // guarded by mu; of control messages, nil before they can be sent
-	size     *Size                 // guarded by mu; that the guest has not been told
+	begun    bool                  // guarded by mu; messages has Start
+	size     *Size                 // guarded by mu; of the terminal, if it has changed
 	uncopied string                // guarded by mu
 
 	artifacts []*artifact
@@ -142,13 +149,14 @@ type artifact struct {
 }
 
 // NewSession returns the run of a command. Where its artifacts go is found out now,
-// before a guest can have a part in it.
+// before a guest can have a part in it. The caller closes it.
 func NewSession(c Command, s Streams) *Session {
 	session := &Session{
 		command: c, streams: s,
 		out: &stream{to: s.Out, done: make(chan struct{})}, err: &stream{to: s.Err, done: make(chan struct{})},
 		control: make(chan Conn, 1), up: make(chan struct{}), started: make(chan struct{}), over: make(chan struct{}),
-		taken: map[wire.Opening]bool{}, came: make(chan struct{}, len(c.Artifacts)),
+		messages: make(chan wire.ToGuest, maxMessages),
+		taken:    map[wire.Opening]bool{}, came: make(chan struct{}, len(c.Artifacts)),
 	}
 	for _, t := range c.Artifacts {
 		place, err := archive.Find(t.To)
@@ -172,8 +180,12 @@ func (s *Session) Up() <-chan struct{} { return s.up }
 // Started is closed when the command runs.
 func (s *Session) Started() <-chan struct{} { return s.started }
 
-// maxIdle bounds the wait for the first line on a connection.
-const maxIdle = 10 * time.Second
+const (
+	// maxIdle bounds the wait for the first line on a connection.
+	maxIdle = 10 * time.Second
+	// maxMessages bounds what waits for a guest that does not read its messages.
+	maxMessages = 64
+)
 
 // Serve takes a connection of the guest to Port, and returns when it is of no more
 // use.
@@ -302,9 +314,9 @@ func (s *Session) unpack(c Conn, i int) {
 	switch {
 	case err == nil:
 	case r.ended:
-		a.cut = a.lost(err)
+		a.cut = printable(a.lost(err)) // it has names that the guest has chosen
 	default:
-		a.here = a.lost(err)
+		a.here = printable(a.lost(err))
 	}
 }
 
@@ -326,15 +338,20 @@ func (r *fromGuest) Read(p []byte) (int, error) {
 // done when the guest has ended. It is called once.
 func (s *Session) Run(ctx context.Context) (*Result, error) {
 	defer close(s.over)
-	defer s.closePlaces()
+	defer s.Close()
 	var c Conn
 	select {
 	case c = <-s.control:
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+	var writing sync.WaitGroup
+	defer writing.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	defer func() { _ = c.Close() }() // twice, if ctx ends
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
+	writing.Go(func() { s.write(ctx, c) })
 	r, artifacts, err := s.talk(c)
 	switch {
 	case ctx.Err() != nil:
@@ -348,8 +365,23 @@ func (s *Session) Run(ctx context.Context) (*Result, error) {
 	return r, nil
 }
 
-// closePlaces closes the places of artifacts that have not come, and will not.
-func (s *Session) closePlaces() {
+// write sends the guest its messages until ctx ends.
+func (s *Session) write(ctx context.Context, c Conn) {
+	for {
+		select {
+		case m := <-s.messages:
+			if wire.Write(c, m) != nil {
+				return // the connection has broken, which talk notices
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Close closes the places of artifacts that have not come, which none can any more. It
+// may be called more than once.
+func (s *Session) Close() {
 	for i, a := range s.artifacts {
 		if a.place != nil && s.take(wire.Opening{Stream: wire.Artifact, Index: i}) {
 			_ = a.place.Close() // nothing was done with it
@@ -373,9 +405,7 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 			result.Kernel = printable(m.Hello.Kernel)
 			result.Began, result.Ready = time.Duration(m.Hello.Began), time.Duration(m.Hello.Ready)
 			close(s.up)
-			if err := s.begin(c); err != nil {
-				return nil, 0, err
-			}
+			s.begin()
 		case m.Hello != nil:
 			return nil, 0, errors.New("the guest has begun anew")
 		case m.Started && !result.Ran:
@@ -402,7 +432,7 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 // printable is what a guest says as it may be shown on a terminal.
 func printable(text string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
+		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r
@@ -410,18 +440,15 @@ func printable(text string) string {
 }
 
 // begin tells the guest what to run, and what has been said to it before that.
-func (s *Session) begin(c Conn) error {
+func (s *Session) begin() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	start := &wire.Start{
 		Args: s.command.Args, Env: s.command.Env, Workdir: wire.Text(s.command.Workdir), User: s.command.User,
 		Hostname: s.command.Hostname, Keep: s.command.Keep, Time: time.Now().UnixNano(),
 	}
-	size := s.command.Terminal
-	if s.size != nil {
-		size, s.size = s.size, nil
-	}
 	if s.command.Terminal != nil {
+		size := cmp.Or(s.size, s.command.Terminal)
 		start.Terminal = &wire.Size{Rows: size.Rows, Cols: size.Cols}
 	}
 	for _, t := range s.command.Copies {
@@ -430,8 +457,8 @@ func (s *Session) begin(c Conn) error {
 	for _, t := range s.command.Artifacts {
 		start.Artifacts = append(start.Artifacts, t.From)
 	}
-	s.conn = c
-	return wire.Write(c, wire.ToGuest{Start: start})
+	s.begun = true
+	s.messages <- wire.ToGuest{Start: start} // the first one, for which there is room
 }
 
 // finish waits for what the command has written, and for its artifacts.
@@ -465,11 +492,15 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r.Uncopied = cmp.Or(s.uncopied, r.Uncopied)
-	for _, a := range s.artifacts {
+	for i, a := range s.artifacts {
 		if a.here != "" {
 			r.Unwritten = errors.Join(r.Unwritten, errArtifact)
 		}
-		if why := cmp.Or(a.here, a.told, a.cut); why != "" {
+		why := cmp.Or(a.here, a.told, a.cut)
+		if why == "" && r.Ran && !s.taken[wire.Opening{Stream: wire.Artifact, Index: i}] {
+			why = a.lost(errUnsent)
+		}
+		if why != "" {
 			r.Lost = append(r.Lost, why)
 		}
 	}
@@ -477,20 +508,29 @@ func (s *Session) finish(ctx context.Context, r *Result, artifacts int) error {
 }
 
 // Signal sends the command a signal, by its number. It reports false if there is
-// nobody to tell yet.
-func (s *Session) Signal(number int) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.conn != nil && wire.Write(s.conn, wire.ToGuest{Signal: number}) == nil
-}
+// nobody to tell, yet or any more.
+func (s *Session) Signal(number int) bool { return s.tell(wire.ToGuest{Signal: number}) }
 
 // Resize tells the command that its terminal has another size.
 func (s *Session) Resize(size Size) {
 	s.mu.Lock()
+	s.size = &size
+	s.mu.Unlock()
+	s.tell(wire.ToGuest{Size: &wire.Size{Rows: size.Rows, Cols: size.Cols}}) // or Start does
+}
+
+// tell has a message sent to the guest. It reports false if it is too early, or the
+// guest reads none.
+func (s *Session) tell(m wire.ToGuest) bool {
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.conn == nil {
-		s.size = &size
-		return
+	if !s.begun {
+		return false
 	}
-	_ = wire.Write(s.conn, wire.ToGuest{Size: &wire.Size{Rows: size.Rows, Cols: size.Cols}}) // the guest's loss
+	select {
+	case s.messages <- m:
+		return true
+	default:
+		return false
+	}
 }

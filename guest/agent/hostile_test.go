@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"errors"
@@ -292,5 +293,79 @@ func TestWhoKnows(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "c")); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestDeafGuest tells a guest that reads nothing what to run, and more. Whoever tells it
+// goes on, and can end the run.
+func TestDeafGuest(t *testing.T) {
+	s := NewSession(Command{Args: []string{strings.Repeat("x", 3<<20)}, Terminal: &Size{Rows: 2, Cols: 3}}, Streams{Out: io.Discard, Err: io.Discard})
+	if s.Signal(2) {
+		t.Error("a signal is sent to nobody")
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	ran := make(chan error)
+	go func() {
+		_, err := s.Run(ctx)
+		ran <- err
+	}()
+	g := &fakeGuest{t: t, s: s}
+	g.say(g.dial(wire.Control, 0), wire.ToHost{Hello: &wire.Hello{}})
+	<-s.Up()
+	told := make(chan int)
+	go func() {
+		n := 0
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline) && n <= maxMessages; n++ {
+			s.Resize(Size{Rows: 4, Cols: 5})
+			if !s.Signal(2) && n > 0 {
+				break
+			}
+		}
+		told <- n
+	}()
+	select {
+	case n := <-told:
+		if n > maxMessages {
+			t.Errorf("%d messages wait for a guest that reads none", n)
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a guest that reads nothing holds up who signals it")
+	}
+	cancel(errors.New("enough"))
+	if err := <-ran; err == nil || err.Error() != "enough" {
+		t.Error(err)
+	}
+}
+
+// TestOddNames has a guest send files whose names are to do something to a terminal, and
+// cannot be unpacked, and say nothing of another artifact.
+func TestOddNames(t *testing.T) {
+	dir := t.TempDir()
+	c := Command{Args: []string{"x"}, Artifacts: []Transfer{{"/a", filepath.Join(dir, "a")}, {"/b", filepath.Join(dir, "b")}}}
+	_, _, r, err := run(t, c, "", func(g *fakeGuest) {
+		control, _, _ := g.begin()
+		g.say(control, wire.ToHost{Started: true})
+		for _, stream := range []string{wire.Stdout, wire.Stderr} {
+			_ = g.dial(stream, 0).Close()
+		}
+		conn := g.dial(wire.Artifact, 0)
+		w := tar.NewWriter(conn)
+		for _, h := range []tar.Header{
+			{Typeflag: tar.TypeDir, Name: ".", Mode: 0o755},
+			{Typeflag: tar.TypeReg, Name: "\x1b]0;x\a/\u202e/x"},
+		} {
+			if err := w.WriteHeader(&h); err != nil {
+				t.Error(err)
+			}
+		}
+		_ = w.Close()
+		_, _ = conn.Read(make([]byte, 1))
+		g.say(control, wire.ToHost{Exit: &wire.Exit{}})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Lost) != 2 || !strings.Contains(r.Lost[0], " ]0;x / ") || strings.ContainsAny(r.Lost[0], "\x1b\a\u202e") || !strings.Contains(r.Lost[1], "has not sent it") {
+		t.Errorf("lost: %q", r.Lost)
 	}
 }

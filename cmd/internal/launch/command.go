@@ -260,6 +260,7 @@ func (c *command) close() error {
 	}
 	signal.Stop(c.resized)
 	close(c.resized)
+	c.session.Close() // which has not run if the guest has not
 	return c.streams.Close()
 }
 
