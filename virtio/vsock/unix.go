@@ -18,6 +18,8 @@ const (
 	greeting = 10 * time.Second
 	// maxGreeting bounds the line that says it.
 	maxGreeting = 64
+	// farewell is how long a program may take for what is left when the device closes.
+	farewell = time.Second
 )
 
 // ToUnix returns what Config.Serve can be: a connection that the guest opens to
@@ -30,6 +32,8 @@ func ToUnix(path string) func(*Conn) {
 			return // which refuses it
 		}
 		c.Accept()
+		// A program that does not read must not keep the device from closing.
+		defer context.AfterFunc(c.dev.over, func() { _ = u.SetWriteDeadline(time.Now().Add(farewell)) })()
 		relay(c, u.(*net.UnixConn), u)
 	}
 }

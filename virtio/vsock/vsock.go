@@ -32,7 +32,8 @@ const (
 	queueTX = 1
 	queues  = 3
 
-	// maxConns bounds the connections of a device, and with them its memory.
+	// maxConns bounds the connections of a device, and with them its memory. What the
+	// guest has forgotten counts as long as it is served.
 	maxConns = 256
 	// maxResets bounds the answers that wait for buffers of the driver. When
 	// there are so many, no packet of the driver is looked at (5.10.6.2).
@@ -68,6 +69,8 @@ type Device struct {
 	cfg     Config
 	workers [queues]*virtio.Worker // of queues that are started
 	serving sync.WaitGroup         // calls of Config.Serve
+	over    context.Context        // done when the device is closed
+	end     context.CancelFunc     // of over
 
 	rxChain, txChain virtio.Chain // of the workers
 
@@ -75,6 +78,7 @@ type Device struct {
 	mu       sync.Mutex
 	running  bool                  // from Start to Stop
 	closed   bool                  // no connection is served any more
+	served   int                   // how many calls of Config.Serve there are
 	vqs      [queues]*virtio.Queue // that are started
 	conns    map[ports]*Conn
 	ready    []*Conn // that may have something for the guest; each once
@@ -95,7 +99,9 @@ func New(cfg Config) (*Device, error) {
 	if cfg.CID < MinCID || cfg.CID == 1<<32-1 {
 		return nil, fmt.Errorf("vsock: a guest cannot have the context ID %d: it is from %d to %d", cfg.CID, MinCID, uint32(1<<32-2))
 	}
-	return &Device{cfg: cfg, conns: map[ports]*Conn{}, nextPort: firstPort}, nil
+	d := &Device{cfg: cfg, conns: map[ports]*Conn{}, nextPort: firstPort}
+	d.over, d.end = context.WithCancel(context.Background())
+	return d, nil
 }
 
 // Close ends all connections, and returns when every call of Config.Serve has
@@ -105,6 +111,7 @@ func (d *Device) Close() error {
 	d.closed = true
 	d.mu.Unlock()
 	d.reset()
+	d.end()
 	d.serving.Wait()
 	return nil
 }
@@ -441,7 +448,7 @@ func (d *Device) take(chain *virtio.Chain) {
 
 // acceptLocked lets Config.Serve decide about a connection that the guest wants.
 func (d *Device) acceptLocked(p ports, h *header) {
-	if d.cfg.Serve == nil || d.closed || len(d.conns) >= maxConns {
+	if d.cfg.Serve == nil || d.closed || len(d.conns) >= maxConns || d.served >= maxConns {
 		c := newConn(d, p)
 		d.resetLocked(c.header(opReset))
 		return
@@ -449,8 +456,12 @@ func (d *Device) acceptLocked(p ports, h *header) {
 	c := newConn(d, p)
 	c.credit(h)
 	d.conns[p] = c
+	d.served++
 	d.serving.Go(func() {
 		d.cfg.Serve(c)
 		c.finish()
+		d.mu.Lock()
+		d.served--
+		d.mu.Unlock()
 	})
 }

@@ -554,6 +554,80 @@ func TestUnix(t *testing.T) {
 	}
 }
 
+// TestForgotten has a guest open connections that it forgets at once, while those who
+// serve them are not done. They are bounded, and there is room again when they are.
+func TestForgotten(t *testing.T) {
+	const most = 256
+	done, ended := make(chan struct{}), make(chan struct{}, most)
+	g := start(t, vsock.Config{Serve: func(*vsock.Conn) {
+		<-done
+		ended <- struct{}{}
+	}}, 8, 4096)
+	for i := range uint32(most) {
+		g.send(g.packet(request, 1000+i, 80).encode())
+		g.send(g.packet(reset, 1000+i, 80).encode())
+	}
+	g.quiet()
+	g.send(g.packet(request, 9, 80).encode())
+	g.expect(reset)
+	close(done)
+	for range most {
+		<-ended
+	}
+	for range 1000 {
+		g.send(g.packet(request, 9, 80).encode())
+		g.expect(reset) // of who is refused because there is no room, or by Serve
+		select {
+		case <-ended:
+			return
+		default:
+		}
+	}
+	t.Error("nobody is served any more")
+}
+
+// TestUnixStuck closes a device while a program on the host does not read what the guest
+// has sent.
+func TestUnixStuck(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "v.sock")
+	g := start(t, vsock.Config{Serve: vsock.ToUnix(path)}, 8, 4096)
+	to, err := net.Listen("unix", path+"_80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	g.send(g.packet(request, 9, 80).encode())
+	g.expect(response)
+	u, err := to.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer u.Close()
+	out := g.packet(data, 9, 80)
+	out.data = make([]byte, 64<<10)
+	room := uint32(ownRoom)
+	for sent := uint32(0); ; { // until neither the socket nor the device takes more
+		for ; sent < room; sent += uint32(len(out.data)) {
+			g.send(out.encode())
+		}
+		p, ok := g.receive(200 * time.Millisecond)
+		if !ok {
+			break
+		}
+		room = (p.fwdCnt + ownRoom) &^ (64<<10 - 1)
+	}
+	closed := make(chan error)
+	go func() { closed <- g.dev.Close() }()
+	select {
+	case err := <-closed:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(20 * time.Second):
+		t.Fatal("the device waits for a program that does not read")
+	}
+}
+
 func dialUnix(t *testing.T, path string) net.Conn {
 	t.Helper()
 	u, err := net.Dial("unix", path)
