@@ -57,7 +57,7 @@ func TestCommand(t *testing.T) {
 	}{
 		{"output and status", nil, []string{"sh", "-c", "echo out; echo err >&2; exit 7"}, "", "out\n", 7},
 		{"input", nil, []string{"sort"}, "c\na\nb\n", "a\nb\nc\n", 0},
-		{"environment", []string{"-e", "X=a b", "--workdir", "/tmp", "--user", "worker", "--copy", note + ":/notes/"}, []string{"sh", "-c", `echo "$X|$PWD|$USER|$HOME|$(id -u)|$(id -g)|$(stat -c %U:%a /notes/note)"`}, "", "a b|/tmp|worker|/tmp|1000|1000|worker:640\n", 0},
+		{"environment", []string{"-e", "X=a b", "--workdir", "/tmp", "--user", "worker", "--copy", note + ":/notes/"}, []string{"sh", "-c", `echo "$X|$PWD|$USER|$HOME|$(id -u)|$(id -g)|$(stat -c %U:%a /notes/note)" >/dev/stdout`}, "", "a b|/tmp|worker|/tmp|1000|1000|worker:640\n", 0},
 		{"not found", nil, []string{"no-such-command"}, "", "", 127},
 		{"not executable", nil, []string{"/etc/passwd"}, "", "", 126},
 		{"killed", nil, []string{"sh", "-c", "kill -9 $$"}, "", "", 137},
@@ -218,7 +218,7 @@ func TestCommandTerminal(t *testing.T) {
 	if err := pty.Setsize(host, &pty.Winsize{Rows: 30, Cols: 100}); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(lab.Calf(), append(base, "--", "sh")...)
+	cmd := exec.Command(lab.Calf(), append(base, "--user", "worker", "--", "sh")...)
 	cmd.Stdin, cmd.Stdout = guest, guest
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	vm := startCommand(t, cmd)
@@ -254,7 +254,7 @@ func TestCommandTerminal(t *testing.T) {
 			}
 		}
 	}
-	say("[ -t 0 ] && [ -t 2 ] && echo yes=$((40+2)); stty size")
+	say("[ -t 0 ] && [ -t 2 ] && echo opened >$(tty) && echo yes=$((40+2)); stty size")
 	expect("yes=42")
 	expect("30 100")
 	if err := pty.Setsize(host, &pty.Winsize{Rows: 11, Cols: 77}); err != nil {

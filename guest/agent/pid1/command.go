@@ -98,6 +98,11 @@ func (c *command) begin() (kind string, err error) {
 			_ = f.Close()
 		}
 	}()
+	for _, f := range c.ours { // which opens them again as /dev/stdout, or by the name of its terminal
+		if err := f.Chown(int(c.who.credential.Uid), -1); err != nil {
+			return wire.Setup, err
+		}
+	}
 	if err := os.Chdir(dir); err != nil { // which a path like ./a counts from
 		return wire.Setup, err
 	}
