@@ -20,7 +20,7 @@ import (
 
 // commandImage makes an image with busybox alone, and returns the arguments that run
 // a command in it with the oldest stock kernel, which unpacks itself in half the time
-// that newer ones take.
+// that newer ones take. The root is for calf to find.
 func commandImage(t *testing.T) (image string, args []string) {
 	t.Helper()
 	lab.Need(t)
@@ -31,7 +31,7 @@ func commandImage(t *testing.T) (image string, args []string) {
 	}
 	k := kernels(t)[0]
 	return root, []string{
-		"run", "--kernel", k.Image, "--initrd", k.Initrd, "--cmdline", "quiet root=/dev/vda rootfstype=ext4",
+		"run", "--kernel", k.Image, "--initrd", k.Initrd, "--cmdline", "quiet",
 		"--memory", "256MiB", "--disk", root + ",format=raw", "--log-level", "debug",
 	}
 }

@@ -140,7 +140,7 @@ func terminalSize(s console.Streams) *agent.Size {
 }
 
 // initrd is what the kernel is to unpack for the agent, and cmdline what it is to be
-// told.
+// told; root is what is known of its root.
 func (c *command) initrd() (*boot.File, error) {
 	if c == nil {
 		return nil, nil
@@ -149,9 +149,9 @@ func (c *command) initrd() (*boot.File, error) {
 	return &f, err
 }
 
-func (c *command) cmdline(cfg *config.Config) string {
+func (c *command) cmdline(cfg *config.Config, root string) string {
 	readOnly := len(cfg.Disks) > 0 && cfg.Disks[0].ReadOnly
-	return strings.TrimSpace(agent.Cmdline(readOnly) + " " + cfg.Boot.Cmdline)
+	return strings.TrimSpace(strings.TrimSpace(agent.Cmdline(readOnly)+" "+root) + " " + cfg.Boot.Cmdline)
 }
 
 // console is where the guest's console goes that is to go to out, which may be nil.
@@ -328,6 +328,18 @@ func (t *tail) reason() string {
 		}
 	}
 	return ""
+}
+
+// outOfMemory are what a kernel says when it has no memory left: what it kills, or that
+// there is nothing to be killed.
+var outOfMemory = []string{"Out of memory: Killed process", "System is deadlocked on memory"}
+
+// ranOut reports whether the guest of a command has said lately that it has no memory
+// left. A command that was killed for that need not be the one that calf has run.
+func (c *command) ranOut() bool {
+	return c != nil && slices.ContainsFunc(c.tail.lines(), func(line string) bool {
+		return slices.ContainsFunc(outOfMemory, func(mark string) bool { return strings.Contains(line, mark) })
+	})
 }
 
 // show writes the last lines of the console for a person.

@@ -46,9 +46,6 @@ func newHandOver(cfg *config.Config, log *slog.Logger, end func(error)) *handOve
 	return h
 }
 
-// rootKinds are the file systems that the agent mounts without further ado.
-var rootKinds = []string{"ext2", "ext3", "ext4", "xfs", "btrfs"}
-
 // initrdArgs are the arguments that only an image's initial RAM disk understands: of
 // what is no plain root, and of what is to happen before there is one.
 var initrdArgs = []string{"rdinit", "boot", "break", "rd.break", "ostree", "overlayroot", "systemd.volatile", "resume", "cryptdevice", "rd.luks.uuid", "rd.luks.name"}
@@ -64,11 +61,11 @@ func wantsInitrd(args []string) bool {
 // mount the root, and reports whether it is.
 func (h *handOver) use(p *vmm.Payload, f *find.Found) bool {
 	h.stop()
-	if h == nil || f.RootPartition == nil || !slices.Contains(rootKinds, f.RootPartition.Kind) || wantsInitrd(f.Args) {
+	if h == nil || f.RootPartition == nil || !slices.Contains(find.RootKinds, f.RootPartition.Kind) || wantsInitrd(f.Args) {
 		return false
 	}
 	putFirst(p, h.initramfs)
-	p.Cmdline = strings.TrimSpace(agent.CmdlineInit(h.readOnly) + " " + rootArgs(f) + " " + p.Cmdline)
+	p.Cmdline = strings.TrimSpace(agent.CmdlineInit(h.readOnly) + " " + rootArgs(f.RootPartition) + " " + p.Cmdline)
 	if h.timeout > 0 {
 		h.mu.Lock()
 		h.late = time.AfterFunc(h.timeout, func() { h.end(errBootTimeout) })

@@ -71,7 +71,7 @@ func (k *diskKernel) payload() (vmm.Payload, error) {
 		Name: f.Kernel.String(), Kernel: boot.File{ReaderAt: f.Kernel, Size: f.Kernel.Size}, Initrd: f.Initrd(), Cmdline: f.Cmdline(),
 	}
 	if len(k.cfg.Run.Command) > 0 {
-		p.Cmdline = strings.TrimSpace(p.Cmdline + " " + rootArgs(f))
+		p.Cmdline = strings.TrimSpace(p.Cmdline + " " + rootArgs(f.RootPartition))
 	} else if !k.agent.use(&p, f) {
 		return p, nil
 	}
@@ -110,15 +110,43 @@ func putFirst(p *vmm.Payload, initrd boot.File) {
 
 // rootArgs tells an agent in the guest where the root is, as far as that is known of
 // the first disk.
-func rootArgs(f *find.Found) string {
-	if f.RootPartition == nil {
+func rootArgs(p *find.Partition) string {
+	if p == nil {
 		return ""
 	}
 	device := "/dev/vda"
-	if n := f.RootPartition.Number; n > 0 {
-		device += strconv.Itoa(n)
+	if p.Number > 0 {
+		device += strconv.Itoa(p.Number)
 	}
-	return agent.RootArgs(device, f.RootPartition.Kind)
+	return agent.RootArgs(device, p.Kind)
+}
+
+// rootOfGiven is rootArgs for a kernel that is given, unless the user names the root: a
+// kernel under test, and the image that it is tried with.
+func rootOfGiven(cfg *config.Config) (string, error) {
+	if cfg.Boot.Kernel == "" || len(cfg.Disks) == 0 || namedRoot(cfg) != "" {
+		return "", nil
+	}
+	disk, err := openDisk(cfg.Disks[0], true)
+	if err != nil {
+		return "", err
+	}
+	r := blk.NewReader(disk)
+	root, err := find.Root(r, r.Size())
+	if err != nil { // the kernel may know the root by itself
+		root = nil
+	}
+	return rootArgs(root), disk.Close()
+}
+
+// namedRoot is the root that the user names, or empty.
+func namedRoot(cfg *config.Config) (root string) {
+	for arg := range strings.FieldsSeq(cfg.Boot.Cmdline) {
+		if value, ok := strings.CutPrefix(arg, "root="); ok {
+			root = value
+		}
+	}
+	return root
 }
 
 // findKernel finds what to boot on a disk, which is the first one of cfg. A root
@@ -133,11 +161,9 @@ func findKernel(cfg *config.Config, disk blk.Disk) (*find.Found, error) {
 		}
 		return nil, fmt.Errorf("disk %s: %w; %s", cfg.Disks[0].Path, err, what)
 	}
-	for arg := range strings.FieldsSeq(cfg.Boot.Cmdline) {
-		if root, ok := strings.CutPrefix(arg, "root="); ok {
-			f.SetRoot(root)
-			return f, nil
-		}
+	if root := namedRoot(cfg); root != "" {
+		f.SetRoot(root)
+		return f, nil
 	}
 	if f.Root == "" {
 		return nil, fmt.Errorf("disk %s: %v has a kernel, but nothing says where its root is; give it with --cmdline root=/dev/vda1 or the like",

@@ -153,3 +153,28 @@ func TestPayload(t *testing.T) {
 		}
 	}
 }
+
+// TestRootOfGiven: a kernel that is given finds the root of the image, unless the user
+// names one.
+func TestRootOfGiven(t *testing.T) {
+	system := bootable(t, config.FormatQCOW2, map[string]string{"etc/os-release": "x"})
+	blank := config.Disk{Path: filepath.Join(t.TempDir(), "blank"), Format: config.FormatRaw}
+	if err := os.WriteFile(blank.Path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		kernel, cmdline string
+		disk            config.Disk
+		want            string
+	}{
+		{"k", "quiet", system, "calf.root=/dev/vda calf.rootfstype=ext4"},
+		{"k", "quiet root=/dev/vdb", system, ""},
+		{"k", "", blank, ""},
+		{"", "", system, ""}, // which the one that is found brings along
+	} {
+		cfg := (&config.Config{Boot: config.Boot{Kernel: tt.kernel, Cmdline: tt.cmdline}, Disks: []config.Disk{tt.disk}}).Effective()
+		if got, err := rootOfGiven(cfg); err != nil || got != tt.want {
+			t.Errorf("kernel %q, cmdline %q: %q, %v, want %q", tt.kernel, tt.cmdline, got, err, tt.want)
+		}
+	}
+}

@@ -300,7 +300,11 @@ func newMachine(cfg *config.Config, opts Options, cons *console.Console, socket 
 	}
 	mc := machineConfig(cfg, opts, cons, socket, kernel)
 	if cmd != nil {
-		mc.Cmdline, mc.Console.Out = cmd.cmdline(cfg), cmd.console(cons.Out)
+		root, err := rootOfGiven(cfg)
+		if err != nil {
+			return nil, nil, errors.Join(err, kernel.close())
+		}
+		mc.Cmdline, mc.Console.Out = cmd.cmdline(cfg, root), cmd.console(cons.Out)
 		mc.BootTimeout = 0 // which command.begin knows better
 	}
 	var machine *vmm.Machine
@@ -371,7 +375,9 @@ func result(cfg *config.Config, e end) Result {
 		if why := e.command.tail.reason(); why != "" {
 			r.Message = "the command could not be run: " + why
 		}
-		also = errors.Join(e.command.err, also)
+		if !errors.Is(e.command.err, errGuestEnded) { // which is said already
+			also = errors.Join(e.command.err, also)
+		}
 	case e.outcome == vmm.PowerOff, e.outcome == vmm.Reboot:
 		r.ExitCode = ExitPowerOff
 		if errors.Join(e.err, e.closing) != nil { // what a disk has failed for, the guest knows
@@ -402,6 +408,9 @@ func result(cfg *config.Config, e end) Result {
 		r.Message = fmt.Sprintf("the guest was ended by an error: %v", e.err)
 	default:
 		r = Failed(e.err)
+	}
+	if r.ExitCode != ExitPowerOff && e.command.ranOut() {
+		r.Message = strings.TrimPrefix(r.Message+"; the guest ran out of memory: give it more with --memory", "; ")
 	}
 	if also != nil {
 		r.Message = strings.TrimPrefix(r.Message+"; "+strings.ReplaceAll(also.Error(), "\n", "; "), "; ")

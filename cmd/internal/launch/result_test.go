@@ -39,6 +39,9 @@ func TestResult(t *testing.T) {
 		{"command failed, image not closed", end{ran: true, command: &command{result: &agent.Result{Ran: true, Code: 7}}, closing: lost}, "exited", 7, "close root.qcow2: no space left"},
 		{"command not run", end{ran: true, command: &command{result: &agent.Result{Code: 127, Problem: "x: no such command"}}}, "not-run", 127, "no such command"},
 		{"command without a status", end{ran: true, outcome: vmm.PowerOff, command: &command{err: agent.ErrNoStatus}}, "poweroff", 255, "without a status"},
+		{"command without memory", end{ran: true, command: &command{result: &agent.Result{Ran: true, Code: 2}, tail: tail{b: []byte("[9.9] Out of memory: Killed process 42 (cc1)\n[9.9] oom_reaper: reaped\n")}}}, "exited", 2, "more with --memory"},
+		{"command well without memory", end{ran: true, command: &command{result: &agent.Result{Ran: true}, tail: tail{b: []byte("Out of memory: Killed process 42 (cc1)\n")}}}, "exited", 0, ""},
+		{"panic without memory", end{ran: true, outcome: vmm.Panic, command: &command{err: errGuestEnded, tail: tail{b: []byte(panicMark + ": System is deadlocked on memory\n")}}}, "panic", 255, "says why; the guest ran out of memory"},
 		{"power-off, output dropped", end{outcome: vmm.PowerOff, ran: true, lost: true}, "poweroff", 0, "output of its console that nobody read was dropped"},
 		{"panic, output dropped", end{outcome: vmm.Panic, ran: true, lost: true}, "panic", 255, "says why; output of its console"},
 		{"panic", end{outcome: vmm.Panic, ran: true}, "panic", 255, "panicked"},
@@ -57,6 +60,10 @@ func TestResult(t *testing.T) {
 				t.Errorf("result = %+v; want %s, %d, one line with %q", r, tt.outcome, tt.code, tt.says)
 			}
 		})
+	}
+	gaveUp := end{ran: true, outcome: vmm.PowerOff, command: &command{err: errGuestEnded, tail: tail{b: []byte(agent.GivesUp + "why\n")}}}
+	if r := result(&config.Config{}, gaveUp); r.Message != "the command could not be run: why" {
+		t.Errorf("an agent that gives up: %+v", r)
 	}
 }
 

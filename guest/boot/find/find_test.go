@@ -171,11 +171,38 @@ func TestLayouts(t *testing.T) {
 					t.Errorf("%v holds %q, want %q", p, p.Kind, tt.parts[i].kind)
 				}
 			}
+			root, err := Root(bytes.NewReader(disk), int64(len(disk)))
+			if diff := cmp.Diff(f.RootPartition, root); err != nil || diff != "" {
+				t.Errorf("without the kernel the root is another one: %v (-with +without):\n%s", err, diff)
+			}
 			got, err := io.ReadAll(io.NewSectionReader(f.Kernel, 0, f.Kernel.Size))
 			if err != nil || !bytes.Equal(got, new(guesttest.Program).ELF()) {
 				t.Errorf("the kernel reads as %d bytes, %v", len(got), err)
 			}
 		})
+	}
+}
+
+// TestRootAlone finds the root of disks without a kernel.
+func TestRootAlone(t *testing.T) {
+	system := part{kind: "ext4", uuid: rootUUID, files: tree{"etc/os-release": "x"}}
+	empty := part{kind: "ext4", uuid: bootUUID, files: tree{"lost": ""}}
+	for _, tt := range []struct {
+		name, label string
+		parts       []part
+		want        int // -1: none
+	}{
+		{"no partitions", "", []part{system}, 0},
+		{"behind others", "gpt", []part{{kind: "fat"}, empty, system}, 3},
+		{"a boot loader without its kernel", "gpt", []part{system, {kind: "ext4", uuid: bootUUID, files: tree{"grub/grub.cfg": "menuentry a {\nlinux /gone root=/dev/vda2\n}\n"}}}, 1},
+		{"the only one", "gpt", []part{{kind: "fat"}, {kind: "xfs"}}, 2},
+		{"no system", "gpt", []part{empty, {kind: "xfs"}}, -1},
+	} {
+		disk := newDisk(t, tt.label, tt.parts...)
+		p, err := Root(bytes.NewReader(disk), int64(len(disk)))
+		if err != nil || (p == nil) != (tt.want < 0) || p != nil && p.Number != tt.want {
+			t.Errorf("%s: %+v, %v, want %d", tt.name, p, err, tt.want)
+		}
 	}
 }
 

@@ -1,7 +1,9 @@
 package find
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,6 +16,47 @@ const firstDisk = "/dev/vda"
 // console is another one, and calf has to see a panic itself, which a crash kernel
 // would keep from it.
 var dropped = []string{"console", "earlycon", "earlyprintk", "panic", "reboot", "crashkernel", "BOOT_IMAGE", "initrd"}
+
+// RootKinds are the file systems that roots have, and that can be mounted without
+// further ado.
+var RootKinds = []string{"ext2", "ext3", "ext4", "xfs", "btrfs"}
+
+// Root finds the root of the system on a disk of size bytes, whatever kernel is to boot
+// it: what its boot loader names, else the first file system that looks like one, else,
+// without a kernel, the only one that can be one. It is nil if that is not on the disk, or cannot be told.
+func Root(disk io.ReaderAt, size int64) (*Partition, error) {
+	parts, err := volumes(&meter{disk, maxRead}, size)
+	if err != nil {
+		return nil, err
+	}
+	var f Found
+	e, err := search(parts)
+	switch {
+	case err == nil:
+		f.setArgs(parts, e.args)
+		return f.RootPartition, nil
+	case !errors.Is(err, ErrNotFound):
+		return nil, err
+	}
+	if f.setArgs(parts, nil); f.Root == "" {
+		f.RootPartition = only(f.Partitions)
+	}
+	return f.RootPartition, nil
+}
+
+// only returns the only partition that can be a root, or nil.
+func only(parts []Partition) (root *Partition) {
+	for i, p := range parts {
+		switch {
+		case !slices.Contains(RootKinds, p.Kind):
+		case root != nil:
+			return nil
+		default:
+			root = &parts[i]
+		}
+	}
+	return root
+}
 
 // setArgs takes the arguments of an entry over, and finds the root.
 func (f *Found) setArgs(parts []*volume, args []string) {
