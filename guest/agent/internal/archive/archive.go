@@ -181,6 +181,9 @@ func packOpen(t *tar.Writer, f *os.File, as string) error {
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%s is neither a file nor a directory", f.Name())
 	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Blocks == 0 && st.Size <= maxClaim {
+		return packUnsized(t, f, as, info)
+	}
 	if err := packHeader(t, as, "", info); err != nil {
 		return err
 	}
@@ -190,6 +193,39 @@ func packOpen(t *tar.Writer, f *os.File, as string) error {
 	}
 	return err
 }
+
+const (
+	// maxClaim is how long a file claims to be, at most, that the kernel makes up as it
+	// is read, as in /proc or /sys: it has no block, and nothing or a page.
+	maxClaim = 4096
+	// maxUnsized bounds what such a file may have.
+	maxUnsized = 16 << 20
+)
+
+// packUnsized packs f, whose length is known only when it has been read.
+func packUnsized(t *tar.Writer, f *os.File, as string, info fs.FileInfo) error {
+	b, err := io.ReadAll(io.LimitReader(f, maxUnsized+1))
+	if err != nil {
+		return err
+	}
+	if len(b) > maxUnsized {
+		return fmt.Errorf("%s does not say how long it is, and has more than %d MiB", f.Name(), maxUnsized>>20)
+	}
+	if err := packHeader(t, as, "", sized{info, int64(len(b))}); err != nil {
+		return err
+	}
+	_, err = t.Write(b)
+	return err
+}
+
+// sized is a file of another length.
+type sized struct {
+	fs.FileInfo
+	size int64
+}
+
+// Size implements fs.FileInfo.
+func (s sized) Size() int64 { return s.size }
 
 // Owner is whom what is unpacked belongs to, by numbers.
 type Owner struct{ UID, GID int }

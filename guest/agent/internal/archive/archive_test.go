@@ -224,6 +224,41 @@ func TestFile(t *testing.T) {
 	}
 }
 
+// TestUnsized packs files that do not say how long they are, or something else than they
+// are.
+func TestUnsized(t *testing.T) {
+	for _, from := range []string{"/proc/version", "/sys/kernel/mm/transparent_hugepage/enabled"} {
+		want, err := os.ReadFile(from)
+		if err != nil || len(want) == 0 {
+			t.Logf("%s is left out: %d bytes, %v", from, len(want), err)
+			continue
+		}
+		to := filepath.Join(t.TempDir(), "copy")
+		var b bytes.Buffer
+		if err := errors.Join(Pack(&b, from), Unpack(&b, to, nil)); err != nil {
+			t.Fatalf("%s: %v", from, err)
+		}
+		if got, err := os.ReadFile(to); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: got %q, %v, want %q", from, got, err, want)
+		}
+	}
+	long, err := os.Create(filepath.Join(t.TempDir(), "long"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer long.Close()
+	if err := long.Truncate(maxUnsized + 1); err != nil {
+		t.Fatal(err)
+	}
+	info, err := long.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := packUnsized(tar.NewWriter(new(bytes.Buffer)), long, "long", info); err == nil {
+		t.Error("a file without an end is packed")
+	}
+}
+
 // TestHostile unpacks archives that want to reach outside.
 func TestHostile(t *testing.T) {
 	dir := func(name string) *tar.Header { return &tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755} }
