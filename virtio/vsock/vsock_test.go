@@ -558,7 +558,9 @@ func TestUnix(t *testing.T) {
 // serve them are not done. They are bounded, and there is room again when they are.
 func TestForgotten(t *testing.T) {
 	const most = 256
-	done, ended := make(chan struct{}), make(chan struct{}, most)
+	done, ended := make(chan struct{}), make(chan struct{}, 2*most)
+	finish := sync.OnceFunc(func() { close(done) })
+	defer finish()
 	g := start(t, vsock.Config{Serve: func(*vsock.Conn) {
 		<-done
 		ended <- struct{}{}
@@ -570,7 +572,7 @@ func TestForgotten(t *testing.T) {
 	g.quiet()
 	g.send(g.packet(request, 9, 80).encode())
 	g.expect(reset)
-	close(done)
+	finish()
 	for range most {
 		<-ended
 	}
@@ -616,7 +618,7 @@ func TestUnixStuck(t *testing.T) {
 		}
 		room = (p.fwdCnt + ownRoom) &^ (64<<10 - 1)
 	}
-	closed := make(chan error)
+	closed := make(chan error, 1)
 	go func() { closed <- g.dev.Close() }()
 	select {
 	case err := <-closed:
