@@ -44,6 +44,8 @@ func TestConfined(t *testing.T) {
 		{"write elsewhere", "echo x >$O/new", false},
 		{"write what may be read", "echo x >$R/new", false},
 		{"truncate elsewhere", ">$R/file", false},
+		{"truncate by name", `perl -e 'truncate("$ENV{W}/file", 0) or die $!'`, false},
+		{"truncate what is open", `perl -e 'open(my $f, "+<", "$ENV{W}/file") or die $!; truncate($f, 0) or die $!'`, true},
 		{"move out", "echo x >$W/x && mv $W/x $O/x", false},
 		{"remove elsewhere", "rm $O/victim", false},
 		{"a Unix socket", `perl -e 'use Socket; socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die $!; connect($s, sockaddr_un("$ENV{O}/socket")) or die $!'`, false},

@@ -25,6 +25,8 @@ const (
 //     good for nothing but itself;
 //   - that leave the process group;
 //   - that make an io_uring, whose requests no filter sees;
+//   - that cut a file off by its name, which Landlock knows of since Linux 6.2 only. What
+//     is open for writing can be cut off;
 //   - of another ABI, whose numbers mean something else.
 func filter() []unix.SockFilter {
 	program := []unix.SockFilter{
@@ -42,6 +44,7 @@ func filter() []unix.SockFilter {
 		equal(unix.SYS_SETSID, 0, 1), end(refuse|uint32(unix.EPERM)),
 		equal(unix.SYS_SETPGID, 0, 1), end(refuse|uint32(unix.EPERM)),
 		equal(unix.SYS_IO_URING_SETUP, 0, 1), end(refuse|uint32(unix.ENOSYS)),
+		equal(unix.SYS_TRUNCATE, 0, 1), end(refuse|uint32(unix.EPERM)),
 		end(permit),
 	)
 }
