@@ -255,7 +255,7 @@ func (i *Info) lines(p *printer) {
 	}
 	p.specific(i.Specific.Data)
 	for _, name := range i.image.UnknownFeatures {
-		p.f("    unknown: %s\n", name)
+		p.f("    unknown: %s\n", printable(name))
 	}
 }
 
