@@ -23,7 +23,8 @@ import (
 
 const (
 	maxModules = 1 << 16
-	maxSize    = 64 << 20 // of a module, and of the list of them
+	maxSize    = 64 << 20 // of a module
+	maxList    = 8 << 20  // of the list of them, of which reading makes several times as much
 )
 
 // ErrNoModule is wrapped by the error for a module that is not there; it may be part of
@@ -69,7 +70,7 @@ func (s *Set) walk() error {
 // what that needs.
 func (s *Set) readList(r io.Reader) error {
 	s.needs = make(map[string][]string)
-	lines := bufio.NewScanner(io.LimitReader(r, maxSize))
+	lines := bufio.NewScanner(io.LimitReader(r, maxList))
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() && len(s.paths) < maxModules {
 		file, needs, ok := strings.Cut(lines.Text(), ":")

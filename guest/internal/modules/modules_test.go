@@ -124,6 +124,18 @@ func TestFiles(t *testing.T) {
 	}
 }
 
+// TestLongList reads no more of a list than any kernel has.
+func TestLongList(t *testing.T) {
+	list := append(bytes.Repeat([]byte("k/a.ko: k/b.ko k/b.ko k/b.ko\n"), 9<<20/29), "k/last.ko:\n"...)
+	s, err := Open(fstest.MapFS{"modules.dep": {Data: list}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.Files("a", "last"); len(got) != 1 {
+		t.Errorf("got %q", got)
+	}
+}
+
 // FuzzSet reads what no image should have.
 func FuzzSet(f *testing.F) {
 	f.Add([]byte("k/a.ko: k/b.ko\nk/b.ko:\n"), module("depends=b\x00"), "a")
