@@ -25,6 +25,7 @@ type handOver struct {
 
 	mu   sync.Mutex
 	late *time.Timer // guarded by mu; of the boot under way
+	up   bool        // guarded by mu; the guest has said so in this boot
 }
 
 // newHandOver returns the agent for a guest of cfg, nil if it is none for it. A boot
@@ -40,8 +41,9 @@ func newHandOver(cfg *config.Config, log *slog.Logger, end func(error)) *handOve
 	}
 	h := &handOver{initramfs: initramfs, readOnly: cfg.Disks[0].ReadOnly, timeout: cfg.VM.BootTimeout, end: end}
 	h.server = agent.HandOver{Hostname: cfg.VM.Name, Up: func(kernel string) {
-		h.stop()
-		log.Info("the guest's root is in place", "kernel", kernel)
+		if h.stop() { // a guest may say so for ever
+			log.Info("the guest's root is in place", "kernel", kernel)
+		}
 	}}
 	return h
 }
@@ -66,24 +68,28 @@ func (h *handOver) use(p *vmm.Payload, f *find.Found) bool {
 	}
 	putFirst(p, h.initramfs)
 	p.Cmdline = strings.TrimSpace(agent.CmdlineInit(h.readOnly) + " " + rootArgs(f.RootPartition) + " " + p.Cmdline)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.up = false
 	if h.timeout > 0 {
-		h.mu.Lock()
 		h.late = time.AfterFunc(h.timeout, func() { h.end(errBootTimeout) })
-		h.mu.Unlock()
 	}
 	return true
 }
 
-// stop ends the wait for the guest: it is up, or has ended.
-func (h *handOver) stop() {
+// stop ends the wait for the guest: it is up, or has ended. It reports whether that is
+// the first it hears of it in this boot.
+func (h *handOver) stop() (first bool) {
 	if h == nil {
-		return
+		return false
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.late != nil {
 		h.late.Stop()
 	}
+	first, h.up = !h.up, true
+	return first
 }
 
 // serve takes the connections of the agents.

@@ -75,7 +75,9 @@ func TestHandOverTimeout(t *testing.T) {
 	h.timeout = time.Hour
 	use()
 	last := h.late
-	h.stop()
+	if !h.stop() || h.stop() {
+		t.Error("a boot is up once")
+	}
 	if last.Stop() {
 		t.Error("the wait goes on after the guest is up")
 	}
