@@ -14,12 +14,12 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
 	"github.com/calfvm/calf/cmd/internal/console"
+	"github.com/calfvm/calf/cmd/internal/progress"
 	"github.com/calfvm/calf/config"
 	"github.com/calfvm/calf/guest/agent"
 	"github.com/calfvm/calf/guest/boot"
@@ -303,13 +303,7 @@ func (t *tail) lines() []string {
 	b := t.b[max(0, len(t.b)-tailBytes):]
 	var lines []string
 	for line := range bytes.Lines(b) {
-		clean := strings.Map(func(r rune) rune {
-			if unicode.IsControl(r) && r != '\t' {
-				return -1
-			}
-			return r
-		}, string(bytes.TrimRight(line, "\r\n")))
-		if clean != "" {
+		if clean := progress.Plain(string(bytes.TrimRight(line, "\r\n"))); clean != "" {
 			lines = append(lines, clean)
 		}
 	}

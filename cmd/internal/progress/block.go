@@ -50,16 +50,24 @@ var escapes = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\
 // Unescaped returns s without what moves a cursor or chooses a colour.
 func Unescaped(s string) string { return escapes.ReplaceAllString(s, "") }
 
-// Cut returns as much of the text s as fits into a number of columns, whatever the
-// terminal makes of its characters.
+// Plain returns s as a terminal may be shown it, whoever has written it: as lines of
+// text, without what would do anything else there.
+func Plain(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsGraphic(r) && r != '\t' && r != '\n' {
+			return -1
+		}
+		return r
+	}, Unescaped(s))
+}
+
+// Cut returns as much of the text s as fits into a number of columns of one line,
+// whatever the terminal makes of its characters.
 func Cut(s string, columns int) string {
 	var cut strings.Builder
-	for _, r := range Unescaped(s) {
-		switch {
-		case r == '\t':
+	for _, r := range Plain(s) {
+		if r == '\t' || r == '\n' {
 			r = ' '
-		case !unicode.IsPrint(r):
-			continue
 		}
 		if columns -= width(r); columns < 0 {
 			break
