@@ -207,24 +207,41 @@ func TestCommandEnds(t *testing.T) {
 	})
 }
 
-// TestCommandTerminal runs a shell on a terminal, whose size changes.
-func TestCommandTerminal(t *testing.T) {
-	_, base := commandImage(t)
+// startOnTerminal starts calf on a terminal, which the caller closes.
+func startOnTerminal(t *testing.T, args []string) (*os.File, *vm) {
+	t.Helper()
 	host, guest, err := pty.Open()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer host.Close()
 	if err := pty.Setsize(host, &pty.Winsize{Rows: 30, Cols: 100}); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(lab.Calf(), append(base, "--user", "worker", "--", "sh")...)
+	cmd := exec.Command(lab.Calf(), args...)
 	cmd.Stdin, cmd.Stdout = guest, guest
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	vm := startCommand(t, cmd)
 	if err := guest.Close(); err != nil {
 		t.Fatal(err)
 	}
+	return host, vm
+}
+
+// TestCommandTerminal runs a shell on a terminal, whose size changes. Ctrl-C is for the
+// run while the guest boots, and for the guest then.
+func TestCommandTerminal(t *testing.T) {
+	_, base := commandImage(t)
+	args := append(base, "--user", "worker", "--", "sh")
+	boots, early := startOnTerminal(t, args)
+	defer boots.Close()
+	early.waitForMessage("starting the vCPUs")
+	if _, err := boots.WriteString("\x03"); err != nil {
+		t.Fatal(err)
+	}
+	early.exits(128 + int(syscall.SIGINT))
+
+	host, vm := startOnTerminal(t, args)
+	defer host.Close()
 	seen := make(chan string, 1000)
 	go func() {
 		defer close(seen)

@@ -55,6 +55,48 @@ func TestCommandInBackground(t *testing.T) {
 	}
 }
 
+// TestCommandTerminal: the terminal keeps its keys until the command wants what is typed,
+// and has them again at the end.
+func TestCommandTerminal(t *testing.T) {
+	for _, read := range []bool{false, true} {
+		master, slave := openPTY(t)
+		before := termios(t, slave)
+		c, err := OpenCommand(Streams{In: slave, Out: slave, Messages: NewMessages(os.Stderr)}, true, func() {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if now := termios(t, slave); now != before {
+			t.Error("the terminal is another before anything is read")
+		}
+		if read {
+			done := make(chan string, 1)
+			go func() {
+				key := make([]byte, 1)
+				n, _ := c.In.Read(key)
+				done <- string(key[:n])
+			}()
+			waitFor(t, func() bool { return termios(t, slave).Lflag&(unix.ICANON|unix.ISIG) == 0 })
+			if _, err := master.WriteString("\x03"); err != nil {
+				t.Fatal(err)
+			}
+			within(t, "a key", func() {
+				if got := <-done; got != "\x03" {
+					t.Errorf("%q was typed", got)
+				}
+			})
+		}
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := c.In.Read(make([]byte, 1)); err == nil {
+			t.Error("it reads on after its end")
+		}
+		if now := termios(t, slave); now != before {
+			t.Error("the terminal is not put back")
+		}
+	}
+}
+
 // TestCommandOutput: a command is told that nobody reads its output; that it is lost
 // for another reason is an error of another kind.
 func TestCommandOutput(t *testing.T) {

@@ -176,7 +176,7 @@ func (c *Console) openStdio(std Streams, leave func()) error {
 }
 
 // OpenCommand opens the streams of a command in the guest. With a terminal, standard
-// input is made raw as by Open, and there is no Err.
+// input is made raw as by Open, once it is read, and there is no Err.
 func OpenCommand(std Streams, terminal bool, leave func()) (*Console, error) {
 	c := &Console{}
 	if err := c.openCommand(std, terminal, leave); err != nil {
@@ -190,7 +190,7 @@ func (c *Console) openCommand(std Streams, terminal bool, leave func()) error {
 		return err
 	}
 	if terminal {
-		return c.openStdio(std, leave)
+		return c.openTerminal(std, leave)
 	}
 	c.Out = &writer{end: c.own(std.Out, unix.O_WRONLY), gate: &c.out, strict: true}
 	if std.Err != nil {
@@ -199,6 +199,20 @@ func (c *Console) openCommand(std Streams, terminal bool, leave func()) error {
 	if !term.IsTerminal(int(std.In.Fd())) || inForeground(std.In) {
 		c.In = &reader{end: c.own(std.In, unix.O_RDONLY), gate: &c.in}
 	}
+	return nil
+}
+
+// openTerminal opens the terminal of a command. Until that asks for what is typed, which
+// is after the boot of its guest, the keys are the terminal's: Ctrl-C is a signal.
+func (c *Console) openTerminal(std Streams, leave func()) error {
+	c.Out = &writer{end: c.own(std.Out, unix.O_WRONLY), gate: &c.out}
+	if !inForeground(std.In) {
+		return nil // a job in the background must leave the terminal alone
+	}
+	in := &rawReader{Reader: &reader{end: c.own(std.In, unix.O_RDONLY), gate: &c.in}, std: std}
+	c.closers = append(c.closers, in.close)
+	c.In = &escapeReader{r: in, leave: leave}
+	c.Escape = true
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime/debug"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -48,6 +49,52 @@ func makeRaw(tty *os.File) (restore func() error, err error) {
 		return nil, errors.Join(err, unix.IoctlSetTermios(fd, unix.TCSETS, saved), g.dismiss())
 	}
 	return func() error { return errors.Join(putBack(fd, saved, raw), g.dismiss()) }, nil
+}
+
+// rawReader reads a terminal, and makes it raw before it does so for the first time.
+type rawReader struct {
+	io.Reader
+	std Streams
+
+	mu      sync.Mutex
+	begun   bool         // guarded by mu
+	restore func() error // guarded by mu; nil while the terminal is not raw
+}
+
+// Read implements io.Reader.
+func (r *rawReader) Read(p []byte) (int, error) {
+	if err := r.begin(); err != nil {
+		return 0, err
+	}
+	return r.Reader.Read(p)
+}
+
+func (r *rawReader) begin() (err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.begun {
+		return nil
+	}
+	if !inForeground(r.std.In) {
+		return io.EOF // calf has been put in the background meanwhile
+	}
+	r.begun = true
+	if r.restore, err = makeRaw(r.std.In); err == nil {
+		r.std.Messages.setRaw(true)
+	}
+	return err
+}
+
+// close puts the terminal back, and keeps it so.
+func (r *rawReader) close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.begun = true
+	if r.restore == nil {
+		return nil
+	}
+	r.std.Messages.setRaw(false)
+	return r.restore()
 }
 
 // putBack restores a terminal, unless its settings are no longer the raw ones:
