@@ -249,7 +249,10 @@ func (s *Session) take(o wire.Opening) bool {
 // a Read of it.
 func (s *Session) feed(c Conn) {
 	if s.streams.In != nil {
-		_, _ = io.Copy(c, s.streams.In) // what the guest does not read, it does not want
+		_, err := io.Copy(c, s.streams.In) // what the guest does not read, it does not want
+		if err != nil && s.command.Terminal != nil {
+			_, _ = io.Copy(io.Discard, s.streams.In) // a key may end the run
+		}
 	}
 	_ = c.CloseWrite()
 	_, _ = c.Read(make([]byte, 1)) // until the guest is done with it

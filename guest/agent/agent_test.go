@@ -211,6 +211,34 @@ func TestTerminal(t *testing.T) {
 	}
 }
 
+// typist is a terminal at which somebody types.
+type typist struct{ keys chan struct{} }
+
+func (k typist) Read(p []byte) (int, error) {
+	if _, more := <-k.keys; !more {
+		return 0, io.EOF
+	}
+	return copy(p, "x"), nil
+}
+
+// TestKeysAfterTheCommand: a terminal is read on when the command is over, for the keys
+// that end the run.
+func TestKeysAfterTheCommand(t *testing.T) {
+	k := typist{make(chan struct{})}
+	g := &fakeGuest{t: t, s: NewSession(Command{Args: []string{"sh"}, Terminal: &Size{}}, Streams{In: k, Out: io.Discard})}
+	if err := g.dial(wire.Stdin, 0).Close(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 100 {
+		select {
+		case k.keys <- struct{}{}:
+		case <-time.After(5 * time.Second):
+			t.Fatalf("nobody listens after %d keys", i)
+		}
+	}
+	close(k.keys)
+}
+
 // TestNotRun plays guests that cannot run the command, that end before it, and that
 // break the protocol.
 func TestNotRun(t *testing.T) {
