@@ -14,6 +14,7 @@ import (
 
 	"github.com/calfvm/calf/cmd/internal/console"
 	"github.com/calfvm/calf/cmd/internal/launch"
+	"github.com/calfvm/calf/cmd/internal/progress"
 	"github.com/calfvm/calf/config"
 )
 
@@ -133,10 +134,10 @@ func (e *Executor) accept(j *job, project string, r launch.Result) error {
 	if err = errors.Join(err, root.Close()); err != nil {
 		return fmt.Errorf("what the guest has sent cannot be taken: %w", err)
 	}
-	const few = 5
+	const few, maxShown = 5, 1000
 	if n := len(dropped); n > 0 {
 		_, _ = fmt.Fprintf(e.Streams.Messages, "calf: %d links that lead out of the project are not taken to the host: %s\n",
-			n, strings.Join(dropped[:min(n, few)], ", "))
+			n, progress.Cut(strings.Join(dropped[:min(n, few)], ", "), maxShown)) // names that the guest has chosen
 	}
 	return nil
 }
