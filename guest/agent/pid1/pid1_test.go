@@ -100,6 +100,26 @@ short line
 	}
 }
 
+// FuzzFstab reads what an image says: what is to be mounted lies on a device, below the
+// root, and its flags are flags.
+func FuzzFstab(f *testing.F) {
+	f.Add("# /etc/fstab\nUUID=1 /boot ext4 ro,x-systemd.automount 0 2\n/dev/vda3 /a\\040b auto noauto\nLABEL=x /../etc xfs nodev,sub=\\054\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		var known uintptr
+		for _, flag := range mountFlags {
+			known |= flag
+		}
+		for _, e := range parseFstab(text) {
+			if e.device == "" || !filepath.IsAbs(e.at) || e.at == "/" || e.at != filepath.Clean(e.at) {
+				t.Errorf("%q", e)
+			}
+			if flags, _ := parseOptions(e.options); flags&^known != 0 {
+				t.Errorf("%q has the flags %#x", e, flags)
+			}
+		}
+	})
+}
+
 func TestPartitionPath(t *testing.T) {
 	for want, of := range map[string]struct {
 		disk   string
