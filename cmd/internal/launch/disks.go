@@ -55,6 +55,19 @@ func device(d config.Disk, img image) vmm.Disk {
 	return dev
 }
 
+// attach gives the disks, which are of the given kinds, to a machine. That one waits is
+// said on messages, and what one has lost is kept in failed.
+func (d disks) attach(machine *vmm.Machine, kinds []config.Disk, messages io.Writer, failed *failures) error {
+	for i, dev := range d {
+		dev.Stopped = func(err error) { announceStop(messages, explain(kinds[i], err)) }
+		dev.Lost = func(err error) { failed.add(explain(kinds[i], err)) }
+		if err := machine.AddDisk(dev); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // close closes the disks, the last one first.
 func (d disks) close() error {
 	var errs []error

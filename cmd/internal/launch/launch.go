@@ -267,13 +267,8 @@ func run(ctx *watched, cfg *config.Config, opts Options) (e end) {
 		return e
 	}
 	kernel.use(open)
-	for i, d := range open {
-		disk := cfg.Disks[i]
-		d.Stopped = func(err error) { announceStop(opts.Streams.Messages, explain(disk, err)) }
-		d.Lost = func(err error) { failed.add(explain(disk, err)) }
-		if e.err = machine.AddDisk(d); e.err != nil {
-			return e
-		}
+	if e.err = open.attach(machine, cfg.Disks, opts.Streams.Messages, &failed); e.err != nil {
+		return e
 	}
 	announce(opts.Streams.Messages, cons)
 	ctx.control(machine, cmd)
