@@ -86,9 +86,9 @@ unless the file says otherwise, or --keep. --copy takes files to the guest befor
 and --artifact takes files from it after it, however it has ended.
 
 Without one, the guest's console is that of calf: on a terminal, every key goes to
-the guest; Ctrl-A x ends the guest and Ctrl-A Ctrl-A sends Ctrl-A. SIGINT, SIGTERM and SIGHUP ask the guest to power off; a
-second one ends it. SIGCONT lets disks go on that have stopped because of an
-error (on_error = "stop").
+the guest; Ctrl-A x ends the guest and Ctrl-A Ctrl-A sends Ctrl-A. SIGINT, SIGTERM
+and SIGHUP ask the guest to power off; a second one ends it. SIGCONT lets disks go on
+that have stopped because of an error (on_error = "stop").
 
 A file with [[target]] tables is a matrix: each target is a run of its own, -j of
 them at once. Flags and -- COMMAND are for every one; {target} in a path of the
