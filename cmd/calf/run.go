@@ -110,7 +110,7 @@ Exit codes:
 A matrix ends with 0 if all targets do; with 128+N if signal N came before its end;
 else with the code of the first one of the file that failed. --json has them all.`,
 		Example: `  calf run debian-12.qcow2 -- uname -a
-  calf run debian-12.qcow2 --copy .:/src --workdir /src --artifact /src/report.xml=out/ -- make test
+  calf run debian-12.qcow2 --copy .:/src --workdir /src --artifact /src/report.xml=out/ -- ./test.sh
   calf run debian-12.qcow2
   calf run ci.toml
   calf run --kernel vmlinuz --memory 1G --cpus 2 debian-12.qcow2
