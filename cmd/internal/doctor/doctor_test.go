@@ -51,6 +51,11 @@ func with(path, text string) func(*Host) {
 
 func opening(err error) func(*Host) { return func(h *Host) { h.OpenKVM = func() error { return err } } }
 
+// device puts /dev/kvm there with these permissions.
+func device(mode fs.FileMode) func(*Host) {
+	return func(h *Host) { h.Root.(fstest.MapFS)["dev/kvm"] = &fstest.MapFile{Mode: fs.ModeDevice | mode} }
+}
+
 func probing(err error) func(*Host) { return func(h *Host) { h.Probe = func() error { return err } } }
 
 func uring(err error) func(*Host) { return func(h *Host) { h.IOUring = func() error { return err } } }
@@ -94,6 +99,8 @@ func TestChecks(t *testing.T) {
 
 		{"permitted", "kvm access", OK, "may open", "", nil},
 		{"not permitted", "kvm access", Missing, "may not open", "usermod", []func(*Host){opening(unix.EACCES)}},
+		{"its group permitted", "kvm access", Missing, "may not open", "Join its group", []func(*Host){opening(unix.EACCES), device(0o660)}},
+		{"its group not permitted", "kvm access", Missing, "may not open", "chmod 660", []func(*Host){opening(unix.EACCES), device(0o600)}},
 		{"there, not permitted", "kvm", OK, "is there", "", []func(*Host){opening(unix.EACCES)}},
 		{"unknown", "kvm access", gone, "", "", []func(*Host){opening(unix.ENOENT)}},
 

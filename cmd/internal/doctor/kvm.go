@@ -21,13 +21,21 @@ func (h Host) kvm() []Check {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
 		return []Check{processor, missing("kvm", "/dev/kvm is missing", h.mendKVM())}
 	case errors.Is(err, fs.ErrPermission):
-		return []Check{processor, ok("kvm", "/dev/kvm is there"), missing("kvm access", "this user may not open /dev/kvm",
-			`Join its group: sudo usermod -aG kvm "$USER", then log in again.`)}
+		return []Check{processor, ok("kvm", "/dev/kvm is there"), missing("kvm access", "this user may not open /dev/kvm", h.mendAccess())}
 	case err != nil:
 		return []Check{processor, missing("kvm", "/dev/kvm does not open: "+err.Error(), h.mendKVM())}
 	}
 	checks := []Check{processor, ok("kvm", "/dev/kvm is there"), ok("kvm access", "this user may open it"), h.hardware()}
 	return append(checks, h.capabilities()...)
+}
+
+func (h Host) mendAccess() string {
+	const join = `sudo usermod -aG kvm "$USER", then log in again.`
+	const group = 0o060 // reads and writes
+	if info, err := fs.Stat(h.Root, "dev/kvm"); err == nil && info.Mode().Perm()&group != group {
+		return "Its group may not open it either. Let one do so: sudo chgrp kvm /dev/kvm && sudo chmod 660 /dev/kvm. Join it: " + join
+	}
+	return "Join its group: " + join
 }
 
 func (h Host) mendKVM() string {
