@@ -123,7 +123,7 @@ type Session struct {
 
 	mu       sync.Mutex            // never held across I/O
 	taken    map[wire.Opening]bool // guarded by mu
-	begun    bool                  // guarded by mu; messages has Start
+	begun    bool                  // guarded by mu; messages has Start, and the command has not ended
 	size     *Size                 // guarded by mu; of the terminal, if it has changed
 	uncopied string                // guarded by mu
 
@@ -425,6 +425,10 @@ func (s *Session) talk(c Conn) (result *Result, artifacts int, err error) {
 			result.Uncopied = printable(m.Problem.Text)
 		case m.Problem != nil:
 			result.Problem = printable(m.Problem.Text)
+		case m.Ended:
+			s.mu.Lock()
+			s.begun = false
+			s.mu.Unlock()
 		case m.Exit != nil:
 			result.Code, result.Signal = m.Exit.Code&0xff, m.Exit.Signal
 			return result, min(m.Exit.Artifacts, len(s.command.Artifacts)), nil

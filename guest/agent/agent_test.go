@@ -165,6 +165,15 @@ func TestSession(t *testing.T) {
 		}
 		_, _ = stdout.Write([]byte("output"))
 		_, _ = stderr.Write([]byte("errors"))
+		g.say(control, wire.ToHost{Ended: true})
+		for start := time.Now(); g.s.Signal(15); time.Sleep(time.Millisecond) {
+			if time.Since(start) > 10*time.Second {
+				t.Fatal("a signal is passed on to a command that has ended")
+			}
+			if err := wire.Read(in, &wire.ToGuest{}); err != nil { // one that came before
+				t.Fatal(err)
+			}
+		}
 		artifact := g.dial(wire.Artifact, 0)
 		if err := archive.Pack(artifact, filepath.Join(guestDir, "in")); err != nil {
 			t.Error(err)

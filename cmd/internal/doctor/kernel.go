@@ -44,7 +44,7 @@ func examineKernel(opts Options) ([]Check, error) {
 		c, err := examineConfigFile(opts.KernelConfig)
 		return []Check{c}, err
 	}
-	f, size, err := openRegular(opts.Kernel)
+	f, size, err := openRegular("kernel", opts.Kernel)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func configsBeside(kernel string) []string {
 }
 
 func examineConfigFile(path string) (Check, error) {
-	f, _, err := openRegular(path)
+	f, _, err := openRegular("configuration of the kernel", path)
 	if err != nil {
 		return Check{}, err
 	}
@@ -135,15 +135,18 @@ func examineConfig(where, text string) Check {
 	return ok(name, "%s", found)
 }
 
-// openRegular opens a regular file. A pipe is not waited for.
-func openRegular(path string) (*os.File, int64, error) {
+// openRegular opens a regular file, which is what. A pipe is not waited for.
+func openRegular(what, path string) (*os.File, int64, error) {
 	info, err := os.Stat(path)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, fmt.Errorf("the %s: %w", what, err)
 	}
 	if !info.Mode().IsRegular() {
-		return nil, 0, fmt.Errorf("%s is not a file", path)
+		return nil, 0, fmt.Errorf("the %s: %s is not a file", what, path)
 	}
 	f, err := os.Open(path)
-	return f, info.Size(), err
+	if err != nil {
+		return nil, 0, fmt.Errorf("the %s: %w", what, err)
+	}
+	return f, info.Size(), nil
 }

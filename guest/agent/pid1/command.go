@@ -69,6 +69,7 @@ func runCommand(h *host, r *bufio.Reader, start *wire.Start) wire.Exit {
 	status := reapUntil(c.pid)
 	_ = unix.Kill(-1, unix.SIGKILL) // whoever it has left, so that its streams end
 	c.streams.Wait()
+	_ = h.send(wire.ToHost{Ended: true}) // Exit tells the same
 	exit := wire.Exit{Code: status.ExitStatus(), Artifacts: c.copyOut()}
 	if status.Signaled() {
 		exit.Signal = int(status.Signal())

@@ -39,8 +39,10 @@ type Opening struct {
 type ToHost struct {
 	Hello *Hello `json:"hello,omitempty"`
 	// Started says that the command runs.
-	Started bool  `json:"started,omitempty"`
-	Exit    *Exit `json:"exit,omitempty"`
+	Started bool `json:"started,omitempty"`
+	// Ended says that it does not any more. Its artifacts and an Exit follow.
+	Ended bool  `json:"ended,omitempty"`
+	Exit  *Exit `json:"exit,omitempty"`
 	// Problem is why a command could not be run, or what went wrong beside it.
 	Problem *Problem `json:"problem,omitempty"`
 }
