@@ -72,12 +72,7 @@ func (d *display) text() string {
 // TestTerminal shows a matrix on a terminal while it runs and when it has ended.
 func TestTerminal(t *testing.T) {
 	t.Setenv("TERM", "xterm")
-	master, slave, err := pty.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer master.Close()
-	defer slave.Close()
+	master, slave := openPTY(t)
 	if err := pty.Setsize(master, &pty.Winsize{Rows: 10, Cols: 60}); err != nil {
 		t.Fatal(err)
 	}
@@ -148,16 +143,22 @@ func TestTerminal(t *testing.T) {
 	}
 }
 
-// TestStatusBesideAFile shows what targets say in a file as it comes, and once, where only
-// standard error is a terminal.
-func TestStatusBesideAFile(t *testing.T) {
-	t.Setenv("TERM", "xterm")
+// openPTY returns both ends of a terminal, until the end of the test.
+func openPTY(t *testing.T) (master, slave *os.File) {
+	t.Helper()
 	master, slave, err := pty.Open()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer master.Close()
-	defer slave.Close()
+	t.Cleanup(func() { _, _ = master.Close(), slave.Close() })
+	return master, slave
+}
+
+// TestStatusBesideAFile shows what targets say in a file as it comes, and once, where only
+// standard error is a terminal.
+func TestStatusBesideAFile(t *testing.T) {
+	t.Setenv("TERM", "xterm")
+	master, slave := openPTY(t)
 	go func() { _, _ = io.Copy(io.Discard, master) }()
 	out, err := os.CreateTemp(t.TempDir(), "")
 	if err != nil {
@@ -184,12 +185,7 @@ func TestStatusBesideAFile(t *testing.T) {
 // TestAllShownAtTheEnd leaves a line for each target where not all fit.
 func TestAllShownAtTheEnd(t *testing.T) {
 	t.Setenv("TERM", "xterm")
-	master, slave, err := pty.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer master.Close()
-	defer slave.Close()
+	master, slave := openPTY(t)
 	if err := pty.Setsize(master, &pty.Winsize{Rows: 3, Cols: 40}); err != nil {
 		t.Fatal(err)
 	}
@@ -212,12 +208,7 @@ func TestAllShownAtTheEnd(t *testing.T) {
 // TestDumbTerminal writes plain lines to a terminal that can do no more.
 func TestDumbTerminal(t *testing.T) {
 	t.Setenv("TERM", "dumb")
-	master, slave, err := pty.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer master.Close()
-	defer slave.Close()
+	master, slave := openPTY(t)
 	target := Target{"a", func(s Slot) launch.Result { fmt.Fprintln(s.Streams.Out, "hello"); return outcome(0) }}
 	if _, err := Run([]Target{target}, 1, console.Streams{In: os.Stdin, Out: slave, Err: slave, Messages: console.NewMessages(slave)}); err != nil {
 		t.Fatal(err)
