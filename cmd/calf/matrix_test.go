@@ -306,9 +306,9 @@ func TestJUnitOfARun(t *testing.T) {
 	if j.Suite.Tests != 1 || j.Suite.Errors != 0 || j.Suite.Cases[0].Name != "calf run" {
 		t.Errorf("report %+v", j)
 	}
-	for _, bad := range [][]string{{"--cpus", "0"}, {"--bogus"}} {
+	for _, bad := range [][]string{{"--cpus", "0"}, {"--bogus"}, {"--cpus", "0", "--", "true"}} {
 		calf(t, append(args, bad...)...)
-		if _, j := readMatrix(t, dir); j.Suite.Tests != 1 || j.Suite.Errors != 1 {
+		if _, j := readMatrix(t, dir); j.Suite.Tests != 1 || j.Suite.Errors != 1 || j.Suite.Cases[0].Name != "calf run" {
 			t.Errorf("report %+v", j)
 		}
 	}

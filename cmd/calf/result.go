@@ -132,5 +132,5 @@ func reportMisuse(flags *pflag.FlagSet, args []string, cause error) error {
 		return err
 	}
 	result := launch.Failed(cause)
-	return files.write(result, matrix.Single(runCommand, result), runCommand)
+	return files.write(result, matrix.Single(namelessRun, result), namelessRun)
 }

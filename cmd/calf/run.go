@@ -32,7 +32,11 @@ var overrides = []struct{ flag, key, usage string }{
 	{"boot-timeout", "vm.boot_timeout", "end the run if the guest is not up after this `DURATION`"},
 }
 
-const runCommand = "run"
+const (
+	runCommand = "run"
+	// namelessRun is what a run without a file is called in reports.
+	namelessRun = "calf run"
+)
 
 // runFlags are the flags of calf run that are not keys of the file.
 type runFlags struct {
@@ -177,12 +181,13 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 	if err != nil {
 		return err
 	}
+	name := runName(cmd, args)
 	guests, err := f.prepare(cmd, args, p)
 	switch {
 	case err == nil && f.dryRun:
 		return dryRun(cmd, guests)
 	case err == nil && guests[0].cfg.Target != "":
-		return f.runMatrix(runName(args), guests, files, p)
+		return f.runMatrix(name, guests, files, p)
 	}
 	var result launch.Result
 	if err != nil {
@@ -190,7 +195,7 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 	} else {
 		result = launch.Run(guests[0].cfg, guests[0].opts)
 	}
-	if err := files.write(result, matrix.Single(runName(args), result), runName(args)); err != nil {
+	if err := files.write(result, matrix.Single(name, result), name); err != nil {
 		complain(p.streams.Messages, result.Message)
 		return err
 	}
@@ -201,9 +206,12 @@ func (f *runFlags) run(cmd *cobra.Command, args []string, p program) error {
 }
 
 // runName is what the run with the given arguments is called in reports.
-func runName(args []string) string {
+func runName(cmd *cobra.Command, args []string) string {
+	if dash := cmd.ArgsLenAtDash(); dash >= 0 {
+		args = args[:dash] // the rest is the guest's
+	}
 	if len(args) == 0 || strings.HasPrefix(args[0], ":") {
-		return "calf run"
+		return namelessRun
 	}
 	return filepath.Base(args[0])
 }
