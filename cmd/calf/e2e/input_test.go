@@ -147,7 +147,11 @@ func TestNoKVM(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root to take /dev/kvm away")
 	}
-	k := newestKernel(t)
+	kernel, err := os.Open(newestKernel(t).Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kernel.Close()
 	tests := []struct {
 		name   string
 		change func(cmd *exec.Cmd)
@@ -167,7 +171,9 @@ func TestNoKVM(t *testing.T) {
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
-			cmd := exec.Command(lab.Calf(), "run", "--kernel", k.Image, "--timeout", "30s")
+			// The kernel may lie where only root may look.
+			cmd := exec.Command(lab.Calf(), "run", "--kernel", "/proc/self/fd/3", "--timeout", "30s")
+			cmd.ExtraFiles = []*os.File{kernel}
 			test.change(cmd)
 			vm := startCommand(t, cmd)
 			vm.exits(125)

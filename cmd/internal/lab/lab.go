@@ -238,6 +238,9 @@ func runHere(m *testing.M, cfg Config) int {
 		fail(err)
 	}
 	defer os.RemoveAll(dir)
+	if err := os.Chmod(dir, 0o755); err != nil { // tests run calf as other users, too
+		fail(err)
+	}
 	calf, err := calfBinary(cfg, dir)
 	if err != nil {
 		fail(err)
